@@ -1,0 +1,90 @@
+"""What flows between the rooms: prompts, what a text encoder made of them, and grouped samples with their rewards."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """P prompts; `index` numbers them within their whole file or world, and seeds their noise."""
+
+    text: tuple[str, ...]
+    metadata: tuple[Mapping[str, Any], ...]
+    index: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitem__(self, items: Sequence[int]) -> Self:
+        return Prompts(*(tuple(column[i] for i in items) for column in (self.text, self.metadata, self.index)))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """P encoded prompts. A token may stand for several equal ones: `weight` (L,) says for how many, None for one each."""
+
+    tokens: Tensor  # (P, L, D)
+    pooled: Tensor  # (P, D')
+    weight: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, items: Tensor) -> Self:
+        return replace(self, tokens=self.tokens[items], pooled=self.pooled[items])
+
+    def expand(self, size: int) -> Self:
+        """One prompt for `size` samples, without copying."""
+        return replace(self, tokens=self.tokens.expand(size, -1, -1), pooled=self.pooled.expand(size, -1))
+
+    def to(self, device: torch.device) -> Self:
+        weight = None if self.weight is None else self.weight.to(device)
+        return Condition(self.tokens.to(device), self.pooled.to(device), weight)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B samples of P prompts and what they earned. Siblings share `group`, the position of their prompt in `prompts`."""
+
+    prompts: Prompts  # P
+    condition: Condition  # P
+    latents: Tensor  # (B, ...) clean
+    group: Tensor  # (B,) int64, 0 .. P - 1
+    sibling: Tensor  # (B,) int64, 0 .. G - 1
+    reward: Tensor  # (B,) float32, finite
+    advantage: Tensor  # (B,) float32
+    seed: int
+    step: int
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, items: Tensor) -> Self:
+        """Some of the samples, of the same prompts."""
+        columns = ("latents", "group", "sibling", "reward", "advantage")
+        return replace(self, **{name: getattr(self, name)[items] for name in columns})
+
+    def keys(self) -> list[tuple[int, int, int, int]]:
+        """(seed, step, prompt index, sibling) of each sample, to seed its noise."""
+        pairs = zip(self.group.tolist(), self.sibling.tolist(), strict=True)
+        return [(self.seed, self.step, self.prompts.index[group], sibling) for group, sibling in pairs]
+
+    def split(self, num_parts: int) -> list[Self]:
+        """At most `num_parts` parts of whole groups, of nearly equal numbers of groups."""
+        groups = self.group.unique()
+        return [self[torch.isin(self.group, part)] for part in groups.tensor_split(num_parts) if len(part)]
+
+    def whole_groups(self, size: int) -> Iterator[Tensor]:
+        """Indices of the samples in packs of at most `size` that break no group; a larger group is a pack of its own."""
+        pack: list[Tensor] = []
+        for group in self.group.unique():
+            members = (self.group == group).nonzero().squeeze(1)
+            if pack and sum(map(len, pack)) + len(members) > size:
+                yield torch.cat(pack)
+                pack = []
+            pack.append(members)
+        yield torch.cat(pack)

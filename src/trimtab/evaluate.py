@@ -1,0 +1,240 @@
+"""Evaluation: a model, a suite of prompts and fixed seeds -> pictures, `images.jsonl` and `results.json`.
+
+Picture s of prompt p starts from `torch.Generator().manual_seed(seed + p * images_per_prompt + s)`, so any one of them
+can be made again by `trimtab sample` or by stock diffusers. Nothing that differs between two equal calls is written.
+"""
+
+import io
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trimtab.batch import Prompts
+from trimtab.files import atomic_write
+from trimtab.metrics.coverage import precision_recall
+from trimtab.metrics.diversity import within_prompt_diversity
+from trimtab.metrics.frechet import frechet_distance
+from trimtab.metrics.image_stats import image_statistics
+from trimtab.metrics.intervals import Interval, bootstrap, bootstrap_over_tags
+from trimtab.pipelines import Pipeline
+from trimtab.rewards import Reward
+from trimtab.rewards.detectors import read_blocks
+from trimtab.rewards.geneval import judge
+from trimtab.rewards.recognizer import RecognizerScore, load as load_recognizer
+from trimtab.rollout import sample
+from trimtab.worlds import blocks
+
+logger = logging.getLogger(__name__)
+
+REAL_PER_PROMPT = 16  # drawn scenes of each prompt, the other side of the Frechet distance
+PACKAGES = ("trimtab", "torch", "diffusers", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the pictures of an evaluation are made."""
+
+    suite: str
+    images_per_prompt: int = 4
+    num_inference_steps: int = 40
+    guidance_scale: float = 1.0
+    seed: int = 0
+    resolution: int | None = None
+    batch_size: int = 64
+
+
+def evaluate(
+    pipeline: Pipeline,
+    role: str,
+    prompts: Prompts,
+    setting: Setting,
+    folder: Path,
+    *,
+    rewards: Mapping[str, Reward] | None = None,
+    described: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """The results, also written to `folder`. `rewards` are scored beside what the suite itself knows to measure;
+    `described` (model, adapter, ...) is copied into the results."""
+    group = torch.arange(len(prompts)).repeat_interleave(setting.images_per_prompt)  # (B,)
+    seeds = [setting.seed + i for i in range(len(group))]
+    images = generate(pipeline, role, prompts, group, seeds, setting, progress)
+    text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
+    columns, reasons = _scores(images, text, metadata, rewards or {})
+    tags = [line.get("tag", "all") for line in metadata]
+    results = {
+        **(described or {}),
+        **{name: value for name, value in asdict(setting).items() if name != "batch_size"},
+        "num_images": len(images),
+        "scores": {name: _summary(values, group, tags) for name, values in columns.items()},
+        **_look(images, group, prompts),
+        "versions": versions(),
+    }
+    rows = [
+        {
+            "prompt": text[i],
+            "tag": tags[i],
+            "prompt_index": int(group[i]),
+            "sibling": i % setting.images_per_prompt,
+            "seed": seeds[i],
+            **{name: _number(values[i]) for name, values in columns.items()},
+            "reason": reasons[i],
+            "file": f"images/{int(group[i]):05d}/samples/{i % setting.images_per_prompt:04d}.png",
+        }
+        for i in range(len(images))
+    ]
+    _write(folder, images, rows, prompts, results)
+    return results
+
+
+@torch.no_grad()
+def generate(
+    pipeline: Pipeline,
+    role: str,
+    prompts: Prompts,
+    group: Tensor,
+    seeds: list[int],
+    setting: Setting,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Pictures (B, 3, H, W) on the CPU, one for each entry of `group` (B,), which says of which prompt, and its seed."""
+    shape = pipeline.latent_shape(setting.resolution or pipeline.resolution)
+    times = pipeline.time_grid(setting.num_inference_steps)
+    condition = pipeline.encode(prompts.text)
+    images = []
+    for part in torch.arange(len(group)).split(setting.batch_size):
+        start = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seeds[i])) for i in part])
+        own = condition[group[part].to(pipeline.device)]
+        latents = sample(pipeline, start.to(pipeline.device), times, own, role, setting.guidance_scale)
+        images.append(pipeline.decode(latents).cpu())
+        progress(int(part[-1]) + 1, len(group))
+    return torch.cat(images)
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of text, the first a header: one column an evaluation, the strict and the overall scores, then the look."""
+    rows = [["", *results]]
+    first = next(iter(results.values()))
+    for score in first["scores"]:
+        tags = first["scores"][score]["tags"] if score == "strict" else {}
+        for tag in (*tags, "overall"):
+            rows.append([f"{score} {tag}", *(_cell(r["scores"].get(score), tag) for r in results.values())])
+    for name in ("frechet_distance", "diversity"):
+        if name in first:
+            rows.append([name, *(f"{r[name]:.3f}" for r in results.values())])
+    return rows
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def _cell(score: Mapping[str, Any] | None, tag: str) -> str:
+    interval = None if score is None else score["overall"] if tag == "overall" else score["tags"].get(tag)
+    return "" if interval is None else f"{interval['mean']:.3f} [{interval['low']:.2f}, {interval['high']:.2f}]"
+
+
+def _scores(
+    images: Tensor, text: list[str], metadata: list[dict], rewards: Mapping[str, Reward]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Each score of each picture (B,), and why the strict rules refuse it ("" where they do not, or do not apply)."""
+    columns, reasons = {}, [""] * len(images)
+    if _is_blocks(images, metadata):
+        found = read_blocks(images)
+        verdicts = {
+            mode: [judge(f, line, mode) for f, line in zip(found, metadata, strict=True)]
+            for mode in ("strict", "official")
+        }
+        columns = {mode: torch.tensor([float(v.correct) for v in each]) for mode, each in verdicts.items()}
+        columns["recognizer"] = RecognizerScore()(images, text, metadata)
+        reasons = ["" if v.correct else v.reason for v in verdicts["strict"]]
+    columns |= {name: reward(images, text, metadata) for name, reward in rewards.items()}
+    return columns, reasons
+
+
+def _is_blocks(images: Tensor, metadata: list[dict]) -> bool:
+    """Whether the exact reader can judge: pictures of its size, and facts about its shapes only."""
+    asked = [clause.get("class") for line in metadata for clause in line.get("include", [{}])]
+    return images.shape[-1] == blocks.SIZE_PX and all(name in blocks.SHAPES for name in asked)
+
+
+def _summary(values: Tensor, group: Tensor, tags: list[str]) -> dict[str, Any]:
+    """Mean and interval for each tag, and overall: GenEval's unweighted mean of the tags."""
+    known = values.isfinite()
+    values, group, tags = values[known], group[known], [tag for tag, k in zip(tags, known.tolist(), strict=True) if k]
+    if not len(values):
+        return {"overall": None, "tags": {}, "num_missing": int((~known).sum())}
+    by_tag = {}
+    for tag in dict.fromkeys(tags):
+        own = torch.tensor([other == tag for other in tags])
+        by_tag[tag] = _interval(bootstrap(values[own], group[own], seed=0)) | {"num_images": int(own.sum())}
+    overall = _interval(bootstrap_over_tags(values, group, tags, seed=0))
+    return {"overall": overall, "tags": by_tag, "num_missing": int((~known).sum())}
+
+
+def _interval(interval: Interval) -> dict[str, float]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def _look(images: Tensor, group: Tensor, prompts: Prompts) -> dict[str, Any]:
+    """How the pictures look, apart from what they show: image statistics, and on blocks the distance to real scenes."""
+    statistics = {name: value.mean().item() for name, value in image_statistics(images).items()}
+    look: dict[str, Any] = {"image_statistics": statistics}
+    if not _is_blocks(images, [dict(line) for line in prompts.metadata]):
+        return look
+    features = _features(images)
+    real = _real_features(tuple(json.dumps(line["include"]) for line in prompts.metadata))
+    precision, recall = precision_recall(real, features)
+    return {
+        "frechet_distance": frechet_distance(real, features),
+        "precision_recall": {"precision": precision, "recall": recall},
+        "diversity": within_prompt_diversity(features, group),
+        **look,
+    }
+
+
+@torch.no_grad()
+def _features(images: Tensor) -> Tensor:
+    """Recognizer features (B, 128)."""
+    return torch.cat([load_recognizer().features(part) for part in images.split(256)])
+
+
+@cache
+def _real_features(includes: tuple[str, ...]) -> Tensor:
+    """Features of drawn scenes, REAL_PER_PROMPT for each prompt's facts; the same at every call."""
+    rng = np.random.default_rng(2028)
+    lines = [{"include": json.loads(text)} for text in includes]
+    scenes = [blocks.scene(line, rng) for line in lines for _ in range(REAL_PER_PROMPT)]
+    return torch.cat([_features(blocks.draw(scenes[i : i + 256])) for i in range(0, len(scenes), 256)])
+
+
+def _number(value: Tensor) -> float | None:
+    return value.item() if torch.isfinite(value) else None
+
+
+def _write(folder: Path, images: Tensor, rows: list[dict], prompts: Prompts, results: dict[str, Any]) -> None:
+    """GenEval's folder layout under `images/`, then the rows, and the results last: they say that all is there."""
+    for image, row in zip(images, rows, strict=True):
+        atomic_write(folder / row["file"], png(image))
+    for index, line in enumerate(prompts.metadata):
+        atomic_write(folder / f"images/{index:05d}/metadata.jsonl", json.dumps(dict(line)) + "\n")
+    atomic_write(folder / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def png(image: Tensor) -> bytes:
+    """A picture (3, H, W) in [0, 1] as a PNG file, rounded as diffusers rounds."""
+    data = io.BytesIO()
+    Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype("uint8")).save(data, "PNG")
+    return data.getvalue()

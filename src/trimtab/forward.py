@@ -1,0 +1,70 @@
+"""Training points of the forward process: clean samples, noised again, with what a network should say there.
+
+CRD, DiffusionNFT and AWM never differentiate a sampler; they regress at x_t = alpha(t) x_0 + sigma(t) eps for fresh
+(t, eps). All siblings of a prompt share each t, so that a group's statistics compare like with like.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal, Self
+
+from pydantic import Field
+from torch import Tensor
+
+from trimtab import noise
+from trimtab.batch import Condition, Rollout
+from trimtab.config import Strict
+from trimtab.pipelines import Pipeline
+from trimtab.process import shifted, stratified
+
+
+class TimesConfig(Strict):
+    """Where on the path from data to noise a sample is trained."""
+
+    num_train_times: int = Field(10, gt=0)  # T, for each sample of a rollout
+    time_sampling: Literal["stratified", "grid"] = "stratified"  # grid: times that the rollout's solver visits
+    time_shift: float = Field(1.0, gt=0)  # of stratified times; SD3 samples with 3
+    min_time: float = Field(0.0, ge=0, lt=1)
+    max_time: float = Field(1.0, gt=0, le=1)
+
+
+@dataclass(frozen=True)
+class Points:
+    """B samples at one time each, all siblings at the same."""
+
+    x0: Tensor  # (B, C, h, w)
+    x_t: Tensor  # (B, C, h, w)
+    t: Tensor  # (B,)
+    target: Tensor  # (B, C, h, w) the flow eps - x_0
+    condition: Condition  # B
+
+    def __len__(self) -> int:
+        return len(self.x_t)
+
+    def __getitem__(self, items: Tensor) -> Self:
+        items = items.to(self.x_t.device)
+        return Points(*(getattr(self, field.name)[items] for field in fields(self)))
+
+
+def draw_times(config: TimesConfig, grid: Tensor, keys: list[tuple[int, ...]]) -> Tensor:
+    """Times (P, T), one row for each key; `grid` (S + 1,) is the solver's and ends in 0, which is left out."""
+    u = noise.uniform(keys, (config.num_train_times,))  # (P, T)
+    if config.time_sampling == "grid":
+        place = stratified(u) * (len(grid) - 1)
+        return grid[place.long()]
+    return shifted(stratified(u, config.min_time, config.max_time), config.time_shift)
+
+
+def times_of(rollout: Rollout, config: TimesConfig, grid: Tensor) -> Tensor:
+    """Times (B, T) of a rollout's samples: one draw a prompt."""
+    keys = [(rollout.seed, rollout.step, index, noise.TIMES) for index in rollout.prompts.index]
+    return draw_times(config, grid, keys)[rollout.group]
+
+
+def points(pipeline: Pipeline, rollout: Rollout, t: Tensor, number: int) -> Points:
+    """The samples at times t (B,), the `number`-th of each; their noise is keyed by sample and number."""
+    keys = [(*key, noise.TRAINING, number) for key in rollout.keys()]
+    x0 = rollout.latents
+    eps = noise.normal(keys, x0.shape[1:]).to(x0)
+    t = t.to(x0.device)
+    condition = rollout.condition[rollout.group.to(x0.device)]
+    return Points(x0, pipeline.process.noised(x0, eps, t), t, eps - x0, condition)

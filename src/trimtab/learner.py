@@ -1,0 +1,169 @@
+"""The only training loop. It owns the backward passes, clipping, the optimizers and their learning rate.
+
+It knows `method.py` and no method. It yields a `Record` after each step; whoever drives it logs, evaluates and saves.
+A gradient lands only where a `Loss` says (`inputs=`). All noise is seeded by step, so what `state()` holds is enough
+to go on bit for bit.
+"""
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor, nn
+
+from trimtab.config import Strict
+from trimtab.method import Method
+
+logger = logging.getLogger(__name__)
+
+
+class OptimizerConfig(Strict):
+    """AdamW for every trained network; names and defaults as in diffusers' training scripts."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(1e-4, ge=0)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one finished step has to say; `step` counts from 1."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+def lr_factor(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Share of the learning rate at a step: a linear warm-up, then constant, or a half cosine down to zero."""
+    warmup = min(1.0, (step + 1) / (config.lr_warmup_steps + 1))
+    if config.lr_scheduler == "constant":
+        return warmup
+    done = max(0, step - config.lr_warmup_steps) / max(1, num_steps - config.lr_warmup_steps)
+    return warmup * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Learner:
+    """Runs a method for `num_steps` steps. Networks that are to be wrapped for several processes are so already."""
+
+    def __init__(self, method: Method, accelerator: Accelerator, config: OptimizerConfig, num_steps: int):
+        self.method, self.accelerator, self.config, self.num_steps = method, accelerator, config, num_steps
+        self.step = self.updates = 0
+        self.parameters = {name: _trainable(network) for name, network in method.trained().items()}
+        self.optimizers = {
+            name: accelerator.prepare_optimizer(
+                torch.optim.AdamW(
+                    parameters.values(),
+                    lr=config.learning_rate,
+                    betas=(config.adam_beta1, config.adam_beta2),
+                    eps=config.adam_epsilon,
+                    weight_decay=config.adam_weight_decay,
+                )
+            )
+            for name, parameters in self.parameters.items()
+        }
+
+    def run(self) -> Iterator[Record]:
+        """Train from the current step to the last, yielding after each; the state may be saved at every yield."""
+        while self.step < self.num_steps:
+            started = time.perf_counter()
+            log = defaultdict(list)
+            for batch in self._timed(self.method.collect(self.step), "collect", log):
+                self._update(batch, log)
+            log |= {name: [value] for name, value in self.method.after_step(self.step).items()}
+            self.step += 1
+            yield Record(self.step, self._summary(log, time.perf_counter() - started))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resume needs, as a nested dict of tensors and JSON scalars."""
+        return {
+            "step": self.step,
+            "updates": self.updates,
+            "networks": {
+                name: {key: p.detach() for key, p in group.items()} for name, group in self.parameters.items()
+            },
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "method": {name: part.state_dict() for name, part in self.method.state().items()},
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.step, self.updates = state["step"], state["updates"]
+        for name, group in self.parameters.items():
+            for key, parameter in group.items():
+                parameter.copy_(state["networks"][name][key])
+            self.optimizers[name].load_state_dict(state["optimizers"][name])
+        for name, part in self.method.state().items():
+            part.load_state_dict(state["method"][name])
+
+    def _update(self, batch: Any, log: dict[str, list]) -> None:
+        """One optimizer update of every network that the batch's losses name."""
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        for loss in self._timed(self.method.losses(batch), "forward", log):
+            started = time.perf_counter()
+            self.accelerator.backward(loss.value, inputs=list(self.parameters[loss.network].values()))
+            log["seconds/backward"].append(time.perf_counter() - started)
+            totals[loss.network] += loss.value.detach().cpu()
+            for name, value in loss.metrics.items():
+                log[name].append(value)
+        for name, total in totals.items():
+            self._move(name, total, log)
+        self.updates += 1
+
+    def _move(self, network: str, total: Tensor, log: dict[str, list]) -> None:
+        """Clip and step one network's optimizer; a gradient that is not finite is dropped, and counted."""
+        optimizer, parameters = self.optimizers[network], list(self.parameters[network].values())
+        factor = lr_factor(self.config, self.step, self.num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            optimizer.step()
+        else:
+            logger.warning("step %d: the gradient of %s is not finite; this update is skipped", self.step + 1, network)
+        optimizer.zero_grad(set_to_none=True)
+        suffix = "" if len(self.optimizers) == 1 else f"/{network}"
+        log[f"loss{suffix}"].append(total)
+        log[f"grad_norm{suffix}"].append(norm)
+        log[f"skipped_updates{suffix}"].append(float(not finite))
+        log[f"lr{suffix}"].append(self.config.learning_rate * factor)
+
+    def _timed(self, items: Any, phase: str, log: dict[str, list]) -> Iterator[Any]:
+        """The items, with the seconds that each took to arrive."""
+        iterator = iter(items)
+        while True:
+            started = time.perf_counter()
+            item = next(iterator, None)
+            log[f"seconds/{phase}"].append(time.perf_counter() - started)
+            if item is None:
+                return
+            yield item
+
+    def _summary(self, log: dict[str, list], seconds: float) -> dict[str, float]:
+        """Times and counts are summed over the step, everything else is averaged."""
+        summed = ("seconds/", "skipped_updates")
+        metrics = {
+            name: float(sum(values)) if name.startswith(summed) else float(sum(map(float, values)) / len(values))
+            for name, values in log.items()
+        }
+        return metrics | {"updates": self.updates, "seconds/step": seconds}
+
+
+def _trainable(network: nn.Module) -> dict[str, nn.Parameter]:
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError(f"nothing to train: no parameter of {type(network).__name__} requires grad")
+    return parameters

@@ -1,0 +1,47 @@
+"""The contract between the one training loop and every paper: a method yields, the learner does the rest.
+
+A *step* is one call of `collect`; it may hold several *updates*, one for each batch that it yields. Each `Loss` of a
+batch is one backward pass, and only the weights of the network that it names receive its gradient.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One term of an update, already divided by the number of terms of its batch, so that the terms simply add up."""
+
+    network: str  # whose weights this term may change
+    value: Tensor  # scalar
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # detached scalars; the mean over the terms is logged
+
+
+class Stateful(Protocol):
+    """Anything a resume needs: a nested dict of tensors and JSON scalars, out and in."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class Method(Protocol):
+    """One paper. The learner calls these in the order in which they stand here."""
+
+    def trained(self) -> dict[str, nn.Module]:
+        """The networks that learn, one optimizer each: those of their parameters that require grad."""
+
+    def state(self) -> dict[str, Stateful]:
+        """All else that a resume needs."""
+
+    def collect(self, step: int) -> Iterable[Any]:
+        """The batches of a step; each is one optimizer update."""
+
+    def losses(self, batch: Any) -> Iterator[Loss]:
+        """The terms of a batch; each is one backward pass, so only one graph is alive at a time."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Move the slow copies; returns what is worth a line in the log."""

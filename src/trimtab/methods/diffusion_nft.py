@@ -1,0 +1,127 @@
+"""DiffusionNFT: Online Diffusion Reinforcement with Forward Process, arXiv 2509.16117. A baseline for CRD.
+
+The policy's field is pushed towards samples by their optimality R in [0, 1] and, mirrored at the old field, away from
+them by 1 - R:
+
+    (1)  v+ = b v + (1 - b) v_old,  v- = (1 + b) v_old - b v,   v_old without gradient
+    (2)  x+ = x_t - t v+,  x- = x_t - t v-
+    (3)  l+- = mean_j (x+-_j - x_0_j)^2 / stopgrad max(mean_j |x+-_j - x_0_j|, 1e-5)
+    (4)  L = C mean_i [ (R_i l+_i + (1 - R_i) l-_i) / b ] + kl_beta mean_i mean_j (v - v_ref)^2,  v_ref without guidance
+    (5)  R = clip(A, -C, C) / (2 C) + 1/2;   old <- d(n) old + (1 - d(n)) theta,  d(n) = min(slope n, end)
+
+    symbol   name                 symbol   name
+    b        nft_beta             C        adv_clip_range
+    R        signal               d        decay, schedule (slope, end)
+
+Departures from the paper and its code (NVlabs/DiffusionNFT):
+
+1. Siblings share their times, as everywhere in trimtab; the code draws an order of times for each sample.
+2. The solver of the rollout is the recipe's; the code's is a second-order multistep one (`rollout.solver_order: 2`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trimtab.batch import Rollout
+from trimtab.forward import Points, TimesConfig, points, times_of
+from trimtab.matching import adaptive_error, denoising_error
+from trimtab.method import Loss, Stateful
+from trimtab.pipelines import Pipeline
+from trimtab.process import over
+from trimtab.roles import REFERENCE
+from trimtab.rollout import Rollouts
+
+TRAINED, OLD = "default", "old"
+
+
+class DiffusionNFTConfig(TimesConfig):
+    """Defaults: the settings published for GenEval on SD3.5-M."""
+
+    name: Literal["diffusion-nft"] = "diffusion-nft"
+    updates_per_step: int = Field(1, gt=0)
+    nft_beta: float = Field(1.0, gt=0)
+    adv_clip_range: float = Field(5.0, gt=0)
+    kl_beta: float = Field(1e-4, ge=0)
+    decay_slope: float = Field(0.001, ge=0)
+    decay_end: float = Field(0.5, ge=0, le=1)
+
+
+def nft_errors(v: Tensor, v_old: Tensor, x_t: Tensor, x0: Tensor, t: Tensor, nft_beta: float) -> tuple[Tensor, Tensor]:
+    """Eq. 1 to 3: the self-normalised errors (B,) of the positive and of the negative field; v (B, ...), t (B,)."""
+    v_old = v_old.detach()
+    plus = nft_beta * v + (1 - nft_beta) * v_old
+    minus = (1 + nft_beta) * v_old - nft_beta * v
+    step = over(t, x_t)
+    return adaptive_error(x_t - step * plus, x0), adaptive_error(x_t - step * minus, x0)
+
+
+def nft_loss(
+    plus: Tensor, minus: Tensor, signal: Tensor, *, nft_beta: float, clip: float, num_terms: int | None = None
+) -> Tensor:
+    """Eq. 4 without its anchor: a scalar, summed over B and divided by num_terms (None: B)."""
+    terms = (signal * plus + (1 - signal) * minus) / nft_beta  # (B,)
+    return clip * terms.sum() / (len(terms) if num_terms is None else num_terms)
+
+
+@dataclass
+class DiffusionNFT:
+    """The glue: one old policy is both the sampler and the mirror."""
+
+    config: DiffusionNFTConfig
+    pipeline: Pipeline
+    rollouts: Rollouts
+    batch_size: int
+    updates: int = 0
+    log: dict[str, float] = field(default_factory=dict)
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {TRAINED: self.pipeline.roles.network}
+
+    def state(self) -> dict[str, Stateful]:
+        return {"roles": self.pipeline.roles, "updates": self}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.updates = state["updates"]
+
+    def collect(self, step: int) -> list[Rollout]:
+        rollout, self.log = self.rollouts.collect(step, OLD)
+        return rollout.split(self.config.updates_per_step)
+
+    def losses(self, rollout: Rollout) -> Iterator[Loss]:
+        grid = self.pipeline.time_grid(self.rollouts.config.num_inference_steps)
+        num_terms = len(rollout) * self.config.num_train_times
+        for number, t in enumerate(times_of(rollout, self.config, grid).unbind(1)):
+            at = points(self.pipeline, rollout, t, number)
+            for part in torch.arange(len(at)).split(self.batch_size):
+                yield self._loss(at[part], rollout.advantage[part], num_terms)
+        self.updates += 1
+
+    def after_step(self, step: int) -> dict[str, float]:
+        decay = min(self.config.decay_slope * self.updates, self.config.decay_end)
+        self.pipeline.roles.blend(OLD, TRAINED, decay)
+        return self.log | {"decay/old": decay}
+
+    def export(self, folder: Path) -> None:
+        self.pipeline.export(folder, TRAINED)
+
+    def _loss(self, at: Points, advantage: Tensor, num_terms: int) -> Loss:
+        config = self.config
+        with torch.no_grad():
+            v_old = self.pipeline.predict(at.x_t, at.t, at.condition, OLD).flow
+            v_ref = self.pipeline.predict(at.x_t, at.t, at.condition, REFERENCE).flow
+        v = self.pipeline.predict(at.x_t, at.t, at.condition, TRAINED).flow
+        signal = (advantage.clamp(-config.adv_clip_range, config.adv_clip_range) / (2 * config.adv_clip_range) + 0.5).to(v)
+        plus, minus = nft_errors(v, v_old, at.x_t, at.x0, at.t, config.nft_beta)
+        value = nft_loss(plus, minus, signal, nft_beta=config.nft_beta, clip=config.adv_clip_range, num_terms=num_terms)
+        drift = denoising_error(v, v_ref)  # (B,)
+        metrics = {"kl": drift.mean().detach(), "old_deviate": denoising_error(v.detach(), v_old).mean()}
+        return Loss(TRAINED, value + config.kl_beta * drift.sum() / num_terms, metrics)

@@ -1,0 +1,31 @@
+"""Noise belongs to the sample, not to the process: every draw comes from a generator seeded by what it is for.
+
+The key is a tuple of integers such as (seed, step, prompt index, sibling index). So a run is the same on one process
+and on two and at any size of micro-batch, and a resume needs no generator's state.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROLLOUT, TIMES, TRAINING, ORDER = range(4)  # what a draw is for: the last number of its key, so that none repeats
+
+
+def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose seed mixes the key; unequal keys give unrelated streams."""
+    low, high = np.random.SeedSequence(key).generate_state(2)
+    return torch.Generator(device).manual_seed((int(high) << 32 | int(low)) & (2**63 - 1))
+
+
+def normal(keys: Iterable[Sequence[int]], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal noise (B, *shape), one key for each of the B samples."""
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=generator(*key, device=device), device=device) for key in keys]
+    )
+
+
+def uniform(keys: Iterable[Sequence[int]], shape: Sequence[int]) -> Tensor:
+    """Uniform numbers in [0, 1), (B, *shape), one key for each of the B rows; on the CPU."""
+    return torch.stack([torch.rand(tuple(shape), generator=generator(*key)) for key in keys])

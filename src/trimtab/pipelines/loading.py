@@ -1,0 +1,109 @@
+"""From a name to a pipeline. Whatever can be refused is refused before a weight is read."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+
+from trimtab.errors import UserError
+from trimtab.pipelines import Pipeline
+from trimtab.pipelines.sd3 import SD3
+from trimtab.roles import LoraSettings, Roles
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BUILT_IN = {"micro": ASSETS / "micro"}
+FACES = {"StableDiffusion3Pipeline": SD3}
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def resolve(model: str) -> str:
+    """The folder or hub id that a model's name stands for; UserError unless it is a pipeline that can be trained."""
+    path = str(BUILT_IN.get(model, model))
+    index = _index(path, model)
+    kind = index.get("_class_name")
+    if kind not in FACES:
+        raise UserError(f"model {model!r} is a {kind}; trimtab supports {', '.join(FACES)}.")
+    return path
+
+
+def _index(path: str, model: str) -> dict:
+    """What model_index.json says."""
+    file = Path(path) / "model_index.json"
+    if not file.is_file():
+        if Path(path).exists():
+            raise UserError(f"model folder {model!r} has no model_index.json; give a folder saved by a diffusers pipeline.")
+        try:
+            file = Path(hf_hub_download(path, "model_index.json"))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            names = ", ".join(BUILT_IN)
+            raise UserError(
+                f"model {model!r} is no built-in model ({names}), no folder, and not to be had from the hub "
+                f"({type(error).__name__}); check the name, or log in with `hf auth login`."
+            ) from error
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON ({error}); the model folder is damaged, fetch it again.") from error
+
+
+def load(
+    model: str,
+    *,
+    lora: LoraSettings | None,
+    frozen: Sequence[str] = (),
+    precision: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Pipeline:
+    """A pipeline with the roles `default`, those of `frozen`, and `ref`. Under LoRA the backbone is in `precision`;
+    weights that train are float32."""
+    path = resolve(model)
+    face = FACES[_index(path, model)["_class_name"]]
+    dtypes = {"default": precision, face.NETWORK: precision if lora else torch.float32, "vae": torch.float32}
+    pipe = face.PIPELINE.from_pretrained(path, torch_dtype=dtypes)
+    pipe.to(device)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    network = getattr(pipe, face.NETWORK)
+    return face(pipe, Roles(network, trained=("default",), frozen=frozen, lora=lora, seed=seed), precision)
+
+
+def check_adapter(adapter: str, model: str) -> Path:
+    """The LoRA file in the folder `adapter`; UserError unless it fits the model. Reads names and shapes, no weights."""
+    folder = Path(adapter)
+    file = folder if folder.is_file() else folder / LORA_FILE
+    if not file.is_file():
+        raise UserError(f"adapter {adapter!r} has no {LORA_FILE}; give the `export` folder of a run.")
+    path = resolve(model)
+    own = _shapes_of_network(path, FACES[_index(path, model)["_class_name"]].NETWORK)
+    if own is None:  # on the hub: diffusers itself will say
+        return file
+    for name, shape in _shapes(file).items():
+        module, _, part = name.split(".", 1)[1].rpartition(".lora_")
+        weight = own.get(f"{module}.weight")
+        side = 1 if part.startswith("A") else 0
+        if weight is None or weight[side] != shape[side]:
+            found = "is not in it" if weight is None else f"is {tuple(weight)} there"
+            raise UserError(
+                f"adapter {adapter!r} belongs to another model than {model!r}: it changes {module}, which {found}; "
+                "give the model that it was trained on."
+            )
+    return file
+
+
+def _shapes_of_network(path: str, network: str) -> dict[str, list[int]] | None:
+    files = sorted((Path(path) / network).glob("*.safetensors"))
+    return {name: shape for file in files for name, shape in _shapes(file).items()} if files else None
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, framework="pt") as tensors:
+        return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

@@ -1,0 +1,85 @@
+"""What a recipe may say: the sections of a run's configuration, all but `method`, which each paper's file defines."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from trimtab.config import Strict
+from trimtab.learner import OptimizerConfig
+from trimtab.methods.crd import CRDConfig
+from trimtab.methods.diffusion_nft import DiffusionNFTConfig
+from trimtab.methods.pretrain import PretrainMicroConfig, PretrainRecognizerConfig, PretrainVAEConfig
+from trimtab.roles import SD3_ATTENTION, LoraSettings
+from trimtab.rollout import RolloutConfig
+
+MethodConfig = Annotated[
+    CRDConfig | DiffusionNFTConfig | PretrainVAEConfig | PretrainMicroConfig | PretrainRecognizerConfig,
+    Field(discriminator="name"),
+]
+
+
+class ModelConfig(Strict):
+    """Which model, and which of its weights learn."""
+
+    pretrained_model_name_or_path: str = "micro"
+    finetune_type: Literal["lora", "full"] = "lora"
+    rank: int = Field(32, gt=0)
+    lora_alpha: int = Field(64, gt=0)
+    target_modules: tuple[str, ...] = SD3_ATTENTION
+    resolution: int | None = Field(None, gt=0)  # pixels a side; None: what the model was made for
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        if self.finetune_type == "full":
+            return None
+        return LoraSettings(rank=self.rank, lora_alpha=self.lora_alpha, target_modules=self.target_modules)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
+
+
+class DataConfig(Strict):
+    """`blocks`, a .txt or .jsonl file, or a folder with `train` and `test` files."""
+
+    prompts: str = "blocks"
+
+
+class TrainingConfig(Strict):
+    """How long, and what is kept on the way. A step is one rollout (or one batch of pre-training)."""
+
+    max_train_steps: int = Field(gt=0)
+    train_batch_size: int = Field(8, gt=0)  # samples in one forward and backward; whole groups where they fit
+    checkpointing_steps: int = Field(50, gt=0)
+    checkpoints_total_limit: int | None = Field(2, gt=0)  # None: keep all
+    validation_steps: int = Field(50, gt=0)  # between grids of pictures, of fixed prompts and seeds
+    num_validation_prompts: int = Field(16, ge=0)
+
+
+class EvaluationConfig(Strict):
+    """Before and after training, on prompts of the test split. `suite` None: no evaluation."""
+
+    suite: str | None = None
+    images_per_prompt: int = Field(4, gt=0)
+    num_inference_steps: int = Field(40, gt=0)
+    guidance_scale: float = Field(1.0, ge=0)  # of the trained model and of the base beside it
+    base_guidance_scale: float | None = Field(4.5, ge=0)  # the base is also shown at its best; None: it is not
+
+
+class RunConfig(Strict):
+    """A whole recipe."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    seed: int = Field(42, ge=0)
+    output_dir: str = "runs"
+    method: MethodConfig
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rewards: dict[str, float] = {}  # name -> weight; weight 0: measured, never trained on
+    rollout: RolloutConfig = RolloutConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()

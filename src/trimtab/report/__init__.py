@@ -1,0 +1,59 @@
+"""From a run folder to one HTML page that says whether training worked, and opens from disk without a network."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from trimtab.report import hacking, pictures, tables, words
+from trimtab.report.curves import scores_chart, training_charts
+from trimtab.report.folder import RunFolder, read_run
+from trimtab.report.verdict import sentence
+
+__all__ = ["write_report"]
+
+
+def write_report(run_folder: Path, output: Path | None = None, compare: Sequence[Path] = ()) -> Path:
+    """Writes the page (run_folder/report.html by default) and returns its path; `compare` adds other runs' curves.
+
+    The page depends on the folders alone, so the same folders give the same bytes. Raises UserError when a folder is
+    missing or holds nothing to report, or when a file in it can't be read.
+    """
+    run, others = read_run(run_folder), [read_run(folder) for folder in compare]
+    output = output or run_folder / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    unfinished.write_text(_page(run, others), encoding="utf-8")
+    unfinished.replace(output)  # readers see the old page or the new one, never half of one
+    return output
+
+
+def _page(run: RunFolder, others: Sequence[RunFolder]) -> str:
+    jinja = Environment(
+        loader=PackageLoader("trimtab", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    outcomes = pictures.outcomes(run) if run.subject else {}
+    return jinja.get_template("page.html").render(
+        run=run,
+        style=Markup(jinja.loader.get_source(jinja, "style.css")[0]),
+        words=words,
+        verdict=sentence(run),
+        facts=tables.facts(run),
+        warnings=hacking.warnings(run) + tables.warnings(run),
+        score_rows=tables.score_rows(run) if run.evaluations else [],
+        scores_chart=scores_chart(run),
+        comparisons=pictures.comparisons(run),
+        counts=pictures.count(outcomes),
+        strip=pictures.strip(run),
+        run_rows=tables.run_rows([run, *others]) if others else [],
+        charts=training_charts([run, *others]),
+        drift_rows=tables.drift_rows(run),
+        flag_above=tables.FLAG_ABOVE,
+        versions=tables.versions(run),
+    )

@@ -1,0 +1,157 @@
+"""The tables of the page, as rows of ready-made cells."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.metrics import Interval
+from trimtab.report.folder import Evaluation, RunFolder, to_float
+from trimtab.report.verdict import UNKNOWN, Change, change
+from trimtab.report.words import ABSENT, bounds, duration, listed, number, percent, score, signed
+
+FLAG_ABOVE = 0.25  # a statistic that moves by more than this share of its starting value is marked
+
+
+@dataclass(frozen=True)
+class Cell:
+    value: str
+    detail: str = ""  # the interval, in small print
+    tone: str = ""  # 'better', 'worse', 'flag' or nothing
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    cells: list[Cell]
+    strong: bool = False
+
+
+def score_rows(run: RunFolder) -> list[Row]:
+    """Headline score per tag, then overall, then every other score overall; a column per model, then the change."""
+    tags = dict.fromkeys(tag for each in run.evaluations.values() for tag in each.tags(run.headline))
+    rows = [Row(tag.replace("_", " "), _score_cells(run, run.headline, tag)) for tag in tags]
+    rows.append(Row("overall", _score_cells(run, run.headline), strong=True))
+    return rows + [Row(f"{name}, overall", _score_cells(run, name)) for name in run.scores[1:]]
+
+
+def _score_cells(run: RunFolder, name: str, tag: str | None = None) -> list[Cell]:
+    values = [each.tags(name).get(tag, UNKNOWN) if tag else each.overall(name) for each in run.evaluations.values()]
+    cells = [_interval_cell(value) for value in values]
+    if run.reference and run.subject:
+        cells.append(_change_cell(change(run.reference, run.subject, name, tag)))
+    return cells
+
+
+def _interval_cell(value: Interval) -> Cell:
+    return Cell(score(value.mean), bounds(value))
+
+
+def _change_cell(moved: Change) -> Cell:
+    tone = "" if moved.direction == "unclear" else moved.direction
+    if moved.difference is None:
+        return Cell(signed(moved.after.mean - moved.before.mean), tone=tone)
+    return Cell(signed(moved.difference.mean), bounds(moved.difference), tone)
+
+
+DRIFT = {  # key in results.json -> row title
+    "brightness": "brightness",
+    "dark_share": "dark pixels",
+    "saturation": "saturation",
+    "edge_density": "edge pixels",
+    "color_entropy": "colour entropy (bits)",
+    "diversity": "diversity among siblings",
+    "frechet_distance": "Fréchet distance",
+    "precision": "precision",
+    "recall": "recall",
+}
+QUALITY = ("frechet_distance", "precision", "recall")  # these say what is good, so a large change is no alarm
+
+
+def drift_rows(run: RunFolder) -> list[Row]:
+    """What no reward measures; a column per model, then the change from reference to subject in percent."""
+    drift = {label: _drift(each) for label, each in run.evaluations.items()}
+    found = {name for values in drift.values() for name in values}
+    rows = []
+    for name in [*(name for name in DRIFT if name in found), *sorted(found - DRIFT.keys())]:
+        cells = [Cell(number(values.get(name, math.nan))) for values in drift.values()]
+        if run.reference and run.subject:
+            before, after = (drift[each.label].get(name, math.nan) for each in (run.reference, run.subject))
+            cells.append(_drift_cell(before, after, alarming=name not in QUALITY))
+        rows.append(Row(DRIFT.get(name, name.replace("_", " ")), cells))
+    return rows
+
+
+def _drift(evaluation: Evaluation) -> dict[str, float]:
+    results = evaluation.results
+    plain = {name: results.get(name) for name in ("diversity", "frechet_distance")}
+    numbers = {**(results.get("image_statistics") or {}), **plain, **(results.get("precision_recall") or {})}
+    return {name: value for name, raw in numbers.items() if math.isfinite(value := _mean(raw))}
+
+
+def _mean(value: Any) -> float:
+    """A number, or the mean of {"mean", "low", "high"}."""
+    return to_float(value["mean"] if isinstance(value, dict) else value)
+
+
+def _drift_cell(before: float, after: float, alarming: bool) -> Cell:
+    moved = (after - before) / abs(before) if before else math.nan
+    return Cell(percent(moved), tone="flag" if alarming and abs(moved) > FLAG_ABOVE else "")
+
+
+def run_rows(runs: Sequence[RunFolder]) -> list[Row]:
+    """One row per compared run: its model's headline score, last reward, steps, images and time."""
+    return [Row(run.name, _run_cells(run), strong=run is runs[0]) for run in runs]
+
+
+def _run_cells(run: RunFolder) -> list[Cell]:
+    judged = _interval_cell(run.subject.overall(run.headline)) if run.subject else Cell(ABSENT)
+    seconds, images, steps = (last(run, key) for key in ("elapsed_seconds", "images", "step"))
+    return [
+        judged,
+        Cell(score(last(run, "reward"))),
+        Cell(f"{steps:,.0f}" if steps == steps else ABSENT),
+        Cell(f"{images:,.0f}" if images == images else ABSENT),
+        Cell(duration(seconds) if seconds == seconds else ABSENT),
+    ]
+
+
+def last(run: RunFolder, key: str) -> float:
+    """Last value that is a number; NaN without one."""
+    values = [value for value in run.metrics.get(key, []) if math.isfinite(value)]
+    return float(values[-1]) if values else math.nan
+
+
+def facts(run: RunFolder) -> list[str]:
+    """The line below the title: how large the run was."""
+    steps, images, seconds = (last(run, key) for key in ("step", "images", "elapsed_seconds"))
+    speed = last(run, "images_per_second")
+    parts = [
+        (steps, f"{steps:,.0f} steps"),
+        (images, f"{images:,.0f} training images"),
+        (seconds, duration(seconds)),
+        (speed, f"{speed:.3g} images/s"),
+    ]
+    return [text for value, text in parts if math.isfinite(value)]
+
+
+def warnings(run: RunFolder) -> list[str]:
+    """Sentences on what went wrong quietly: rewards that failed, pictures whose look moved far."""
+    failed = {key.removeprefix("failed/"): values for key, values in run.metrics.items() if key.startswith("failed/")}
+    totals = {name: sum(value for value in values if math.isfinite(value)) for name, values in failed.items()}
+    sentences = [f"Images that {name} could not score in training: {n:,.0f}." for name, n in totals.items() if n]
+    moved = [f"{row.name} {row.cells[-1].value}" for row in drift_rows(run) if row.cells[-1].tone == "flag"]
+    if moved:
+        sentences.append(f"The look changed by more than {FLAG_ABOVE:.0%} of its start: {listed(moved)}.")
+    return sentences
+
+
+def versions(run: RunFolder) -> dict[str, str]:
+    """Of the run, then of the evaluation where it names others: {'torch': '2.13.0', ...}."""
+    of_run = run.config.get("versions") or {}
+    of_evaluation = (run.subject.results.get("versions") or {}) if run.subject else {}
+    rows = {str(name): str(value) for name, value in of_run.items()}
+    for name, value in of_evaluation.items():
+        if rows.setdefault(str(name), str(value)) != str(value):
+            rows[f"{name} (evaluation)"] = str(value)
+    return rows

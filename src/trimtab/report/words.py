@@ -1,0 +1,49 @@
+"""How numbers are written on the page: a true minus, an en dash between bounds, a dash where there is no number."""
+
+import math
+
+from trimtab.metrics import Interval
+
+ABSENT = "\N{EN DASH}"
+
+
+def score(value: float) -> str:
+    """Two decimals, so that a column of scores lines up."""
+    return ABSENT if not math.isfinite(value) else _minus(f"{value:.2f}")
+
+
+def number(value: float) -> str:
+    """Three significant digits, for numbers of any size."""
+    return ABSENT if not math.isfinite(value) else _minus(f"{value:.3g}")
+
+
+def signed(value: float) -> str:
+    return ABSENT if not math.isfinite(value) else _minus(f"{value:+.2f}")
+
+
+def percent(value: float) -> str:
+    """0.12 is '+12%'."""
+    return ABSENT if not math.isfinite(value) else _minus(f"{value:+.0%}")
+
+
+def bounds(interval: Interval) -> str:
+    """'low-high' with an en dash; 'low to high' where a minus would blur it; '' where a bound is unknown."""
+    if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+        return ""
+    return f"{score(interval.low)}{ABSENT if interval.low >= 0 else ' to '}{score(interval.high)}"
+
+
+def duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def listed(names: list[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,76 @@
+"""Rewards: what an image is worth to its prompt.
+
+A reward is any callable of the shape below. It never sees groups, weights or gradients; `composite` combines
+several of them and decides what a missing score means.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from trimtab.batch import Prompts
+from trimtab.errors import UserError
+from trimtab.rewards import custom
+from trimtab.rewards.composite import Composite
+from trimtab.rewards.detectors import read_blocks
+from trimtab.rewards.geneval import GenEval, validate_metadata
+from trimtab.rewards.recognizer import RecognizerScore
+from trimtab.worlds import blocks
+
+
+class Reward(Protocol):
+    """Scores a batch of images, each by itself; a higher score is better."""
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        """`images`: (B, 3, H, W) float32 in [0, 1]; `prompts` and `metadata`: B of each. Returns (B,) float32.
+
+        NaN says "this reward does not apply here or could not be told". An image that cannot be scored because
+        something broke is an exception, not a NaN: the caller finds the guilty image and counts it.
+        """
+
+
+BUILT_IN: dict[str, Callable[[], Reward]] = {
+    "geneval": lambda: GenEval(read_blocks, "soft"),
+    "geneval-strict": lambda: GenEval(read_blocks, "strict"),
+    "geneval-official": lambda: GenEval(read_blocks, "official"),
+    "recognizer": RecognizerScore,
+}
+
+
+def build(rewards: Mapping[str, float], prompts: Prompts) -> Composite:
+    """The weighted rewards of a recipe. UserError for an unknown name, or for prompts that a reward can't judge."""
+    built = {name: (_one(name), weight) for name, weight in rewards.items()}
+    for name in BUILT_IN.keys() & built.keys():
+        _check_facts(name, prompts)
+    return Composite(built)
+
+
+def _one(name: str) -> Reward:
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    if ":" in name:
+        return custom.load(name)
+    near = difflib.get_close_matches(name, BUILT_IN, n=1)
+    hint = f"did you mean {near[0]!r}? Built in are" if near else "built in are"
+    raise UserError(f"reward {name!r} is unknown; {hint} {', '.join(BUILT_IN)}; your own is 'path/to/file.py:function'.")
+
+
+def _check_facts(name: str, prompts: Prompts) -> None:
+    """Every prompt must say what is to be seen, in words of the world whose reader judges it."""
+    for text, line in zip(prompts.text, prompts.metadata, strict=True):
+        where = line.get("where", "a prompt")
+        if "include" not in line:
+            raise UserError(
+                f"reward {name!r} needs facts, and {text!r} ({where}) has none; give JSONL with `include` in GenEval's "
+                "schema, or sentences such as 'a photo of a red circle', or another reward."
+            )
+        validate_metadata(line, where)
+        strange = [c["class"] for c in line["include"] if c["class"] not in blocks.SHAPES]
+        strange += [c["color"] for c in line["include"] if c.get("color", "red") not in blocks.COLORS]
+        if strange:
+            raise UserError(
+                f"reward {name!r} reads blocks and knows no {strange[0]!r} ({where}); "
+                f"use {', '.join(blocks.SHAPES)} in {', '.join(blocks.COLORS)}."
+            )

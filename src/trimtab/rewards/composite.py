@@ -1,0 +1,122 @@
+"""Several rewards as one number per image, and what becomes of scores that are missing.
+
+total_i = sum_k w_k r_k(i), over the rewards k that apply to the prompt of image i. Siblings are compared with each
+other, so all members of a group must be sums of the same terms:
+
+* A reward that returns NaN for a whole group does not apply to that prompt: the term is left out of the group.
+* A reward that misses only some members (NaN, infinite, or an exception) leaves these images without a total, NaN.
+  So does an exception for a whole group: a crash does not say that the reward does not apply.
+* A reward with weight 0 is watched: computed and reported, but neither summed nor able to mask an image.
+"""
+
+import logging
+import math
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import UserError
+
+if TYPE_CHECKING:
+    from trimtab.rewards import Reward
+
+logger = logging.getLogger(__name__)
+
+
+class RewardFailed(RuntimeError):
+    """A reward raised for every image of a batch: nothing is left to learn from, so save and stop."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`total` (B,), NaN = no score. `raw`: each reward's unweighted scores (B,). `failed`: its images without a score,
+    among those that it applies to."""
+
+    total: Tensor
+    raw: dict[str, Tensor]
+    failed: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Composite:
+    """Named rewards with their weights: {"geneval": (reward, 1.0), "aesthetic": (other, 0.2)}."""
+
+    rewards: Mapping[str, tuple["Reward", float]]
+
+    def __post_init__(self):
+        for name, (_, weight) in self.rewards.items():
+            if not math.isfinite(weight):
+                raise UserError(f"reward {name!r} has weight {weight}; expected a finite number.")
+        if not any(weight for _, weight in self.rewards.values()):
+            names = ", ".join(self.rewards) or "none"
+            raise UserError(f"no reward has a weight other than 0 (rewards: {names}); give at least one.")
+
+    def score(self, images: Tensor, prompts: list[str], metadata: list[dict], group: Tensor) -> Scored:
+        """Images (B, 3, H, W) in [0, 1], B prompts and metadata, `group` (B,) int64 ids of any value and order.
+
+        Raises RewardFailed where a reward raises for all images, and lets a reward's UserError through.
+        """
+        num_images = len(images)
+        if images.ndim != 4 or not len(prompts) == len(metadata) == num_images > 0 or group.shape != (num_images,):
+            shapes = f"images {tuple(images.shape)}, {len(prompts)} prompts, {len(metadata)} metadata"
+            raise ValueError(f"{shapes}, group {tuple(group.shape)}; expected (B, 3, H, W), B, B and (B,)")
+        siblings = torch.unique(group.cpu(), return_inverse=True)[1]  # (B,) 0 ... number of groups - 1
+        total, scored = torch.zeros(num_images), torch.zeros(num_images, dtype=torch.bool)  # (B,) the sum; any term?
+        raw, failed = {}, {}
+        for name, (reward, weight) in self.rewards.items():
+            scores, crashed = _scores(name, reward, images, prompts, metadata)
+            applies = _any_in_group(~scores.isnan() | crashed, siblings)  # (B,)
+            scores = torch.where(scores.isfinite(), scores, torch.nan)
+            raw[name], failed[name] = scores.to(images.device), int((applies & scores.isnan()).sum())
+            if weight:
+                total += torch.where(applies, weight * scores, 0.0)
+                scored |= applies
+        return Scored(torch.where(scored, total, torch.nan).to(images.device), raw, failed)
+
+
+def _any_in_group(flags: Tensor, siblings: Tensor) -> Tensor:
+    """(B,) bool: is the flag set for any member of the image's group?"""
+    return torch.bincount(siblings, weights=flags.float())[siblings] > 0
+
+
+def _scores(
+    name: str, reward: "Reward", images: Tensor, prompts: list[str], metadata: list[dict]
+) -> tuple[Tensor, Tensor]:
+    """A reward's scores (B,) and which images it raised for (B,), asked one by one if the batch as a whole fails."""
+    num_images = len(images)
+    results = [_attempt(reward, images, prompts, metadata)]
+    if isinstance(results[0], Exception):
+        results = [_attempt(reward, images[i : i + 1], [prompts[i]], [metadata[i]]) for i in range(num_images)]
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors:
+        first = _described(errors[0])
+        if len(errors) == num_images:
+            raise RewardFailed(f"reward {name!r} failed for all {num_images} images: {first}") from errors[0]
+        logger.warning("reward %r failed for %d of %d images: %s", name, len(errors), num_images, first)
+    expected = (num_images // len(results),)  # all at once, or one at a time
+    parts = [torch.full(expected, torch.nan) if isinstance(result, Exception) else result for result in results]
+    for part in parts:
+        if not isinstance(part, Tensor) or part.shape != expected:
+            found = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"reward {name!r} returned {found}; expected a tensor of shape {expected}")
+    crashed = torch.tensor([isinstance(result, Exception) for result in results]).expand(num_images)
+    return torch.cat([part.detach().to("cpu", torch.float32) for part in parts]), crashed
+
+
+def _attempt(reward: "Reward", images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor | Exception:
+    try:
+        return reward(images, prompts, metadata)
+    except UserError:
+        raise  # says what to correct; asking image by image would only hide it
+    except Exception as error:  # a user's function may raise anything; one bad image must not end a long run
+        return error
+
+
+def _described(error: Exception) -> str:
+    """The exception's last line and the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{traceback.format_exception_only(error)[-1].strip()} ({place.filename}, line {place.lineno})"

@@ -1,0 +1,152 @@
+"""Rollouts: prompts -> groups of siblings -> pictures -> rewards -> advantages. No gradient passes through here.
+
+This is the one place that orders groups. Every process takes whole prompts, its share of the step's, so that what is
+compared with its siblings never crosses a rank; only the global standard deviation of the rewards needs all of them.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trimtab import groups, noise
+from trimtab.batch import Condition, Prompts, Rollout
+from trimtab.config import Strict
+from trimtab.pipelines import Pipeline
+from trimtab.prediction import Prediction
+from trimtab.rewards.composite import Composite, Scored
+from trimtab.solvers import ode
+
+logger = logging.getLogger(__name__)
+
+ADVANTAGE_EPS = 1e-4  # added to the standard deviation, as in the code of Flow-GRPO and DiffusionNFT
+
+
+class RolloutConfig(Strict):
+    """What one step of online training samples."""
+
+    num_prompts: int = Field(48, gt=0)  # groups a step, over all processes
+    group_size: int = Field(24, gt=1)  # siblings of one prompt
+    num_inference_steps: int = Field(10, gt=0)
+    guidance_scale: float = Field(1.0, ge=0)  # 1 is off
+    solver_order: Literal[1, 2] = 1
+    sample_batch_size: int = Field(8, gt=0)  # pictures in one forward
+    advantage_std: Literal["global", "group"] = "global"
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Makes the rollout of a step. The same (seed, step) gives the same pictures on any number of processes."""
+
+    pipeline: Pipeline
+    prompts: Prompts
+    rewards: Composite
+    config: RolloutConfig
+    resolution: int
+    seed: int
+    rank: int = 0
+    num_processes: int = 1
+    gather: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
+
+    @torch.no_grad()
+    def collect(self, step: int, role: str) -> tuple[Rollout, dict[str, float]]:
+        """The rollout of a step, sampled by `role`, and what the log should say of it; unscored pictures are left out."""
+        prompts = self._prompts(step)
+        group = torch.arange(len(prompts)).repeat_interleave(self.config.group_size)  # (B,)
+        sibling = torch.arange(self.config.group_size).repeat(len(prompts))  # (B,)
+        condition = self.pipeline.encode(prompts.text)
+        keys = [(self.seed, step, prompts.index[g], s, noise.ROLLOUT) for g, s in zip(group.tolist(), sibling.tolist())]
+        started = time.perf_counter()
+        latents, images = self._sample(keys, condition, group, role)
+        sampled = time.perf_counter()
+        text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
+        scored = self.rewards.score(images, text, metadata, group)
+        seconds = {"seconds/sampling": sampled - started, "seconds/rewards": time.perf_counter() - sampled}
+        kept = _comparable(scored.total, group)
+        reward = scored.total[kept].float()
+        rollout = Rollout(
+            prompts=prompts,
+            condition=condition,
+            latents=latents[kept],
+            group=group[kept],
+            sibling=sibling[kept],
+            reward=reward,
+            advantage=self._advantage(reward, group[kept]),
+            seed=self.seed,
+            step=step,
+        )
+        log = self._log(scored, rollout) | seconds | {"images": float(len(images))}
+        return rollout, log
+
+    def _prompts(self, step: int) -> Prompts:
+        """This process' share of the step's prompts: each pass over the file is a new order, and none comes twice."""
+        size = min(self.config.num_prompts, len(self.prompts))
+        steps_per_epoch = len(self.prompts) // size
+        epoch, place = divmod(step, steps_per_epoch)
+        order = torch.randperm(len(self.prompts), generator=noise.generator(self.seed, epoch, noise.ORDER)).tolist()
+        return self.prompts[order[place * size : (place + 1) * size][self.rank :: self.num_processes]]
+
+    def _sample(self, keys: list, condition: Condition, group: Tensor, role: str) -> tuple[Tensor, Tensor]:
+        """Clean latents (B, C, h, w) on the pipeline's device, and pictures (B, 3, H, W) on the CPU."""
+        shape = self.pipeline.latent_shape(self.resolution)
+        times = self.pipeline.time_grid(self.config.num_inference_steps)
+        latents, images = [], []
+        for part in torch.arange(len(keys)).split(self.config.sample_batch_size):
+            start = noise.normal([keys[i] for i in part], shape).to(self.pipeline.device)
+            own = condition[group[part].to(self.pipeline.device)]
+            latents.append(sample(self.pipeline, start, times, own, role, self.config.guidance_scale, self.config.solver_order))
+            images.append(self.pipeline.decode(latents[-1]).cpu())
+        return torch.cat(latents), torch.cat(images)
+
+    def _advantage(self, reward: Tensor, group: Tensor) -> Tensor:
+        """(reward - mean of the siblings) / (standard deviation + eps), (B,)."""
+        if self.config.advantage_std == "group" or self.num_processes == 1:
+            return groups.normalised(reward, group, ADVANTAGE_EPS, self.config.advantage_std)
+        spread = self.gather(reward.to(self.pipeline.device)).std(correction=0).cpu()
+        return groups.centred(reward, group) / (spread + ADVANTAGE_EPS)
+
+    def _log(self, scored: Scored, rollout: Rollout) -> dict[str, float]:
+        log = {
+            "reward": rollout.reward.mean().item(),
+            "reward_std": rollout.reward.std(correction=0).item(),
+            "frac_reward_zero_std": groups.frac_zero_std(rollout.reward, rollout.group).item(),
+            "latent_diversity": _spread(rollout.latents, rollout.group),
+        }
+        for name, raw in scored.raw.items():
+            family = "rewards" if self.rewards.rewards[name][1] else "watched"
+            known = raw[raw.isfinite()]
+            log[f"{family}/{name}/mean"] = known.mean().item() if len(known) else float("nan")
+            log[f"{family}/{name}/std"] = known.std(correction=0).item() if len(known) else float("nan")
+        return log | {f"failed/{name}": float(count) for name, count in scored.failed.items()}
+
+
+def sample(
+    pipeline: Pipeline, start: Tensor, times: Tensor, condition: Condition, role: str, guidance_scale: float, order: int = 1
+) -> Tensor:
+    """Clean latents (B, C, h, w) from noise of that shape by the deterministic solver, one condition a sample."""
+
+    def predict(x_t: Tensor, t: Tensor) -> Prediction:
+        return pipeline.predict(x_t, t, condition, role, guidance_scale)
+
+    return ode(predict, start, times.to(start.device), order)
+
+
+def _comparable(total: Tensor, group: Tensor) -> Tensor:
+    """Indices of the pictures that have a score and at least one scored sibling; ValueError where none is left."""
+    scored = total.isfinite()
+    siblings = torch.bincount(group, weights=scored.double())[group]
+    kept = (scored & (siblings > 1)).nonzero().squeeze(1)
+    if not len(kept):
+        raise ValueError(f"no group of this rollout has two scored pictures ({int(scored.sum())} of {len(total)} scored)")
+    return kept
+
+
+def _spread(latents: Tensor, group: Tensor) -> float:
+    """Root mean square distance of siblings' latents: the mean over groups of sqrt(2 variance within the group)."""
+    parts: Iterator[Tensor] = (latents[group == g].flatten(1) for g in group.unique())
+    return torch.stack([(2 * part.var(0).mean()).sqrt() for part in parts]).mean().item()

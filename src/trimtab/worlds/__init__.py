@@ -1,0 +1,1 @@
+"""Where prompts, facts and exact verdicts come from."""

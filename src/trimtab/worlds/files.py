@@ -1,0 +1,73 @@
+"""Prompts from the user's own files: plain text, one a line, or JSONL with `prompt` and whatever a reward wants to know.
+
+A folder holds `train.txt` or `train.jsonl`, and `test.*` beside it, as in Flow-GRPO. A sentence that the world blocks
+can say gets its facts from there, so that the built-in rewards work on plain text as well.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trimtab.batch import Prompts
+from trimtab.errors import UserError
+from trimtab.worlds import blocks
+
+NUM_PER_TAG = {"train": 240, "test": 24}  # of the world blocks
+
+
+def load_prompts(source: str, split: str = "train") -> Prompts:
+    """The prompts of a split, "train" or "test", of `blocks`, a `.txt` or `.jsonl` file, or a folder of such files.
+
+    A single file is both splits. Raises UserError, with the line, for whatever can't be used.
+    """
+    if source == "blocks":
+        return _prompts([(line, "") for line in blocks.prompts(split, NUM_PER_TAG[split])])
+    path = _file(Path(source), split)
+    lines = [(text, f"{path}, line {i}") for i, text in enumerate(_text(path).splitlines(), 1) if text.strip()]
+    if not lines:
+        raise UserError(f"prompt file {path} is empty; write one prompt a line.")
+    read = _json_line if path.suffix == ".jsonl" else _text_line
+    return _prompts([(read(text, where), where) for text, where in lines])
+
+
+def _prompts(lines: list[tuple[dict[str, Any], str]]) -> Prompts:
+    """The place of a line, for messages about it, travels as metadata `where`."""
+    text = tuple(line["prompt"] for line, _ in lines)
+    metadata = tuple({**line, "where": where} if where else line for line, where in lines)
+    return Prompts(text, metadata, tuple(range(len(lines))))
+
+
+def _file(path: Path, split: str) -> Path:
+    if path.is_dir():
+        found = [path / f"{split}{ending}" for ending in ("_metadata.jsonl", ".jsonl", ".txt")]
+        path = next((candidate for candidate in found if candidate.is_file()), found[-1])
+    if not path.is_file():
+        raise UserError(f"prompts {str(path)!r} do not exist; give 'blocks', a .txt or .jsonl file, or a folder of them.")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"prompt file {path} ends in {path.suffix!r}; .txt (one prompt a line) and .jsonl can be read.")
+    return path
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read ({error}); save it as UTF-8 text.") from error
+
+
+def _text_line(text: str, where: str) -> dict[str, Any]:
+    return _with_facts({"prompt": text.strip()})
+
+
+def _json_line(text: str, where: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg}): {text[:60]!r}; write one JSON object a line.") from error
+    if not isinstance(line, dict) or not isinstance(line.get("prompt"), str) or not line["prompt"].strip():
+        raise UserError(f"{where} has no text under 'prompt': {text[:60]!r}; write an object with at least that key.")
+    return _with_facts(line)
+
+
+def _with_facts(line: dict[str, Any]) -> dict[str, Any]:
+    return line if "include" in line else (blocks.facts(line["prompt"]) or {}) | line

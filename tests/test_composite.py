@@ -1,0 +1,174 @@
+"""Weighted sums of rewards, and what becomes of scores that are missing."""
+
+import logging
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.errors import UserError
+from trimtab.rewards.composite import Composite, RewardFailed
+
+NAN, INF = float("nan"), float("inf")
+BAD = ValueError("bad image")
+
+
+def fixed(*scores):
+    """A reward that knows the score of each image: the first pixel holds the image's number."""
+    return lambda images, prompts, metadata: torch.tensor(scores)[images[:, 0, 0, 0].long()]
+
+
+def raising(*guilty, error=BAD, scores=(1.0, 2.0, 3.0, 4.0)):
+    """Like `fixed`, but raises as soon as a guilty image is in the batch."""
+
+    def reward(images, prompts, metadata):
+        if set(images[:, 0, 0, 0].long().tolist()) & set(guilty):
+            raise error
+        return fixed(*scores)(images, prompts, metadata)
+
+    return reward
+
+
+def score(rewards, group=(0, 0, 1, 1)):
+    number = torch.arange(len(group), dtype=torch.float32).view(-1, 1, 1, 1)
+    images = number.expand(-1, 3, 2, 2)
+    return Composite(rewards).score(images, ["p"] * len(group), [{}] * len(group), torch.tensor(group))
+
+
+def listed(tensor):
+    """As a list with None for NaN, so that it can be compared."""
+    return [None if math.isnan(value) else value for value in tensor.tolist()]
+
+
+def test_the_total_is_the_weighted_sum_and_raw_scores_stay_unweighted():
+    scored = score({"a": (fixed(1.0, 2.0, 3.0, 4.0), 2.0), "b": (fixed(0.0, 1.0, 0.0, 1.0), -0.5)})
+    assert scored.total.tolist() == [2.0, 3.5, 6.0, 7.5]
+    assert scored.total.dtype == torch.float32
+    assert scored.raw["a"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert scored.raw["b"].tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert scored.failed == {"a": 0, "b": 0}
+
+
+def test_a_reward_that_is_nan_for_a_whole_group_is_left_out_of_its_sum():
+    scored = score({"a": (fixed(1.0, 2.0, 3.0, 4.0), 1.0), "b": (fixed(NAN, NAN, 10.0, 20.0), 1.0)})
+    assert scored.total.tolist() == [1.0, 2.0, 13.0, 24.0]
+    assert scored.failed == {"a": 0, "b": 0}
+
+
+def test_a_reward_that_is_nan_for_some_members_masks_those():
+    scored = score({"a": (fixed(1.0, 2.0, 3.0, 4.0), 1.0), "b": (fixed(NAN, 5.0, 5.0, 5.0), 1.0)})
+    assert listed(scored.total) == [None, 7.0, 8.0, 9.0]
+    assert scored.failed == {"a": 0, "b": 1}
+
+
+def test_a_group_that_no_reward_applies_to_has_no_total():
+    assert listed(score({"a": (fixed(NAN, NAN, 0.0, 1.0), 1.0)}).total) == [None, None, 0.0, 1.0]
+
+
+def test_groups_are_told_by_id_whatever_their_order_size_and_value():
+    # Group 7 is images 0, 2, 3; group -1 is image 1, to which b does not apply.
+    scored = score({"a": (fixed(1.0, 2.0, 3.0, 4.0), 1.0), "b": (fixed(1.0, NAN, NAN, 1.0), 1.0)}, group=(7, -1, 7, 7))
+    assert listed(scored.total) == [2.0, 2.0, None, 5.0]
+    assert scored.failed["b"] == 1
+
+
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_infinite_scores_have_failed_also_where_a_whole_group_has_them(value):
+    scored = score({"a": (fixed(1.0, 2.0, 3.0, 4.0), 1.0), "b": (fixed(value, value, 0.0, value), 1.0)})
+    assert listed(scored.total) == [None, None, 3.0, None]
+    assert listed(scored.raw["b"]) == [None, None, 0.0, None]
+    assert scored.failed == {"a": 0, "b": 3}
+
+
+def test_an_exception_costs_only_the_guilty_images():
+    scored = score({"a": (raising(1), 1.0), "b": (fixed(0.0, 0.0, 0.0, 0.5), 1.0)})
+    assert listed(scored.total) == [1.0, None, 3.0, 4.5]
+    assert listed(scored.raw["a"]) == [1.0, None, 3.0, 4.0]
+    assert scored.failed == {"a": 1, "b": 0}
+
+
+def test_an_exception_for_a_whole_group_masks_it_and_is_not_taken_for_does_not_apply():
+    scored = score({"a": (raising(0, 1), 1.0), "b": (fixed(1.0, 1.0, 1.0, 1.0), 1.0)})
+    assert listed(scored.total) == [None, None, 4.0, 5.0]
+    assert scored.failed == {"a": 2, "b": 0}
+
+
+def test_one_warning_tells_the_first_error_its_place_and_the_number_of_images(caplog):
+    with caplog.at_level(logging.WARNING):
+        score({"a": (raising(0, 3), 1.0)})
+    (record,) = caplog.records
+    assert record.getMessage().startswith("reward 'a' failed for 2 of 4 images: ValueError: bad image (")
+    assert "test_composite.py, line " in record.getMessage()
+
+
+def test_a_healthy_batch_is_asked_once_and_a_failing_one_image_by_image():
+    calls = []
+
+    def counted(images, prompts, metadata):
+        calls.append((len(images), len(prompts), len(metadata)))
+        return raising(*guilty)(images, prompts, metadata)
+
+    guilty = ()
+    score({"a": (counted, 1.0)})
+    guilty = (2,)
+    score({"a": (counted, 1.0)})
+    assert calls == [(4, 4, 4), (4, 4, 4), *[(1, 1, 1)] * 4]
+
+
+def test_a_reward_that_fails_for_all_images_stops_the_run_and_is_named():
+    with pytest.raises(RewardFailed, match="'a' failed for all 4 images: ValueError: bad image") as caught:
+        score({"b": (fixed(0.0, 0.0, 0.0, 0.0), 1.0), "a": (raising(0, 1, 2, 3), 1.0)})
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_users_mistake_is_told_and_not_asked_again_image_by_image():
+    with pytest.raises(UserError, match="needs word"):
+        score({"a": (raising(1, error=UserError("needs word")), 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [(torch.zeros(3), r"\(3,\)"), (torch.zeros(4, 1), r"\(4, 1\)"), (torch.tensor(0.0), r"\(\)"), ([0.0] * 4, "list")],
+)
+def test_scores_of_a_wrong_shape_are_an_error(returned, found):
+    with pytest.raises(ValueError, match=rf"reward 'a' returned {found}; expected a tensor of shape \(4,\)"):
+        score({"a": (lambda images, prompts, metadata: returned, 1.0)})
+
+
+def test_a_reward_of_weight_zero_is_reported_and_changes_no_total():
+    watched = fixed(NAN, 1.0, INF, 1.0)
+    scored = score({"a": (fixed(1.0, 2.0, 3.0, 4.0), 1.0), "watched": (watched, 0.0)})
+    assert scored.total.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert listed(scored.raw["watched"]) == [None, 1.0, None, 1.0]
+    assert scored.failed["watched"] == 2
+
+
+def test_weights_that_make_no_sum_are_refused():
+    for rewards in ({}, {"a": (fixed(1.0), 0.0)}):
+        with pytest.raises(UserError, match="no reward has a weight other than 0"):
+            Composite(rewards)
+    with pytest.raises(UserError, match="'a' has weight nan"):
+        Composite({"a": (fixed(1.0), NAN)})
+
+
+def test_arguments_that_do_not_fit_are_refused_with_their_shapes():
+    images, composite = torch.zeros(2, 3, 4, 4), Composite({"a": (fixed(1.0, 1.0), 1.0)})
+    for group, prompts in [(torch.zeros(3), ["p"] * 2), (torch.zeros(2, 1), ["p"] * 2), (torch.zeros(2), ["p"])]:
+        with pytest.raises(ValueError, match=r"images \(2, 3, 4, 4\), \d prompts, 2 metadata, group"):
+            composite.score(images, prompts, [{}] * 2, group)
+
+
+@given(st.permutations(range(6)), st.lists(st.sampled_from([0.0, 1.0, NAN, INF]), min_size=6, max_size=6))
+def test_the_order_of_the_images_changes_no_image_score(order, scores):
+    group = [0, 0, 0, 1, 1, 2]
+
+    def total(order):
+        pixels = torch.tensor(order, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+        composite = Composite({"a": (fixed(*scores), 1.0), "b": (fixed(*range(6)), 0.5)})
+        ids = torch.tensor([group[i] for i in order])
+        return listed(composite.score(pixels, ["p"] * 6, [{}] * 6, ids).total)
+
+    straight = total(list(range(6)))
+    assert total(list(order)) == [straight[i] for i in order]
