@@ -162,8 +162,11 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 
 # --- YAML out
 
+NASTY = ["a\x85b", "\u2028", "\u2029 ", "\r\n", "\ufeff", "\t# x", " - ", "é: [", "\0\x1b\x7f", "🙂\n\n", "\n a"]
 TEXTS = st.one_of(
-    st.text(), st.sampled_from(["1e-4", "on", "no", "~", "", "12:30", "1_0", "010", "2026-01-01", ".nan"])
+    st.sampled_from(NASTY),
+    st.text(),
+    st.sampled_from(["1e-4", "on", "no", "~", "", "12:30", "1_0", "010", "2026-01-01", ".nan"]),
 )
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 RUNS = st.builds(

@@ -402,7 +402,6 @@ def test_the_squared_loss_has_its_golden_values_and_is_not_minimised_by_the_tilt
         at_old, at_tilt = (population_loss(v, v_old, x0, eps, 2.0) for v in (v_old, tilted.velocity(x_t, t)))
         least, _ = minimised(tents(x_t, 21), v_old, x0, eps, 2.0)
         losses += weight * np.array([at_old.item(), at_tilt.item(), least])
-    print(losses)
     assert np.abs(losses / [3.452, 73.1, 2.183] - 1).max() < 0.01
 
 
@@ -410,7 +409,7 @@ def test_the_squared_loss_has_its_golden_values_and_is_not_minimised_by_the_tilt
 def test_the_first_step_goes_along_the_covariance_of_target_and_reward(t):
     # d loss / d v(x_t) at old is -4 beta Cov(u, R | x_t) p(x_t), and Cov(u, R | x_t) = -(t / (1 - t)) grad E[R | x_t].
     t = torch.tensor(t, dtype=torch.float64)
-    x0, eps = population(200, 1000)
+    x0, eps = population(1000, 300)
     x_t = ((1 - t) * x0 + t * eps).requires_grad_()
     (slope,) = torch.autograd.grad(OLD.denoised(x_t, 1 - t, t).sum(), x_t)
     covariance = -(t / (1 - t)) * slope  # (N, 1)
@@ -420,21 +419,19 @@ def test_the_first_step_goes_along_the_covariance_of_target_and_reward(t):
     v_old = OLD.velocity(x_t, t)
     found = gradient(population_loss(v_old + basis @ c, v_old, x0, eps, 2.0), c)[:, 0]
     expected = -4 * 2.0 * (basis * covariance).mean(0)
-    print(found, expected)
     assert gap(found, expected) < 0.01 * expected.abs().max()
 
 
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
 def test_weak_rewards_are_fitted_by_the_closed_form_minimiser_of_the_square(t):
     # To first order v - v_old = Cov(u, R | x_t) / (2 beta Var(u | x_t)). Here u = (x_t - x_0) / t, so with R = x_0 the
-    # covariance is -Var / t and the variance Var / t^2, Var being that of x_0 given x_t: always v - v_old = -t / (2 beta).
+    # covariance is -Var / t and the variance Var / t^2, Var that of x_0 given x_t: v - v_old = -t / (2 beta).
     # The exact tilt would be -Var / (t beta): 2.7 times t / beta at t = .5, and far from constant.
     beta, t = 500.0, torch.tensor(t, dtype=torch.float64)
     x0, eps = population()
     x_t = (1 - t) * x0 + t * eps
     basis = torch.cat([torch.ones_like(x_t), x_t, torch.sin(2 * x_t)], 1)
     _, c = minimised(basis, OLD.velocity(x_t, t), x0, eps, beta)
-    print(c * beta / t)
     assert gap(c * beta / t, torch.tensor([-0.5, 0.0, 0.0])) < 0.02
 
 

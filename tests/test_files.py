@@ -75,17 +75,20 @@ def test_the_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert calls == ["content", "rename", "folder"]
 
 
-def test_readers_meet_whole_files_only_while_threads_write_at_once(tmp_path):
-    path = tmp_path / "file"
-    texts = [letter * 200_000 for letter in "abc"]
-    atomic_write(path, texts[0])
-    writers = [
-        threading.Thread(target=lambda text=text: [atomic_write(path, text) for _ in range(15)]) for text in texts
-    ]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        assert path.read_text() in texts
+def test_two_threads_that_write_one_file_at_once_do_not_mix_their_content(tmp_path, monkeypatch):
+    path, replace = tmp_path / "file", os.replace
+
+    def overtaken(temporary, target):  # a second writer runs from start to end just before the first one's rename
+        monkeypatch.setattr(os, "replace", replace)
+        other = threading.Thread(target=atomic_write, args=(path, "second"))
+        other.start()
+        other.join()
+        assert path.read_text() == "second"
+        replace(temporary, target)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    atomic_write(path, "first")
+    assert path.read_text() == "first"
     assert os.listdir(tmp_path) == ["file"]
 
 

@@ -156,7 +156,7 @@ def quadrature():
 
 def test_difference_of_denoising_errors_is_the_log_ratio():
     # log p_tilted / p_old = -Int (1 - t) / t E_eps(|v_tilted - u|^2 - |v_old - u|^2) dt. Golden: exact values, and
-    # those of an independent Monte-Carlo program, at six draws. The ratio depends on a . x alone, so any six points with
+    # those of an independent Monte-Carlo program, at six draws. The ratio depends on a . x alone, so any six points of
     # these values will do. Centring leaves lam (r - mean r). With weight 1 for (1 - t) / t only the scale changes.
     golden = torch.tensor([0.0047, 0.5073, -2.7265, -0.4468, 0.4718, 0.7238], dtype=torch.float64)
     golden_monte_carlo = torch.tensor([0.0073, 0.5088, -2.7260, -0.4489, 0.4706, 0.7249], dtype=torch.float64)

@@ -95,7 +95,14 @@ class _Loader(yaml.SafeLoader):
     }
 
 
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Unicode's own line breaks in double quotes, where they are escaped; elsewhere PyYAML loses them."""
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_TAG + "str", text, style)
+
+
 class _Dumper(yaml.SafeDumper):
+    yaml_representers = {**yaml.SafeDumper.yaml_representers, str: _text_node}  # noqa: RUF012
     # Both schemas: a string that YAML 1.1 or 1.2 would read as something else is quoted, so that any reader agrees.
     yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _CORE_SCHEMA}  # noqa: RUF012
 

@@ -7,6 +7,7 @@ can be made again by `trimtab sample` or by stock diffusers. Nothing that differ
 import io
 import json
 import logging
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,8 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from trimtab import noise
 from trimtab.batch import Prompts
 from trimtab.files import atomic_write
+from trimtab.matching import denoising_error
 from trimtab.metrics.coverage import precision_recall
 from trimtab.metrics.diversity import within_prompt_diversity
 from trimtab.metrics.frechet import frechet_distance
@@ -37,6 +40,7 @@ from trimtab.worlds import blocks
 
 logger = logging.getLogger(__name__)
 
+DRIFT_TIMES = 4  # evenly over (0, 1)
 REAL_PER_PROMPT = 16  # drawn scenes of each prompt, the other side of the Frechet distance
 PACKAGES = ("trimtab", "torch", "diffusers", "transformers", "peft", "numpy")
 
@@ -51,6 +55,7 @@ class Setting:
     guidance_scale: float = 1.0
     seed: int = 0
     resolution: int | None = None
+    precision: str = "no"
     batch_size: int = 64
 
 
@@ -63,13 +68,14 @@ def evaluate(
     *,
     rewards: Mapping[str, Reward] | None = None,
     described: Mapping[str, Any] | None = None,
+    reference: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """The results, also written to `folder`. `rewards` are scored beside what the suite itself knows to measure;
-    `described` (model, adapter, ...) is copied into the results."""
+    `described` (model, adapter, ...) is copied into the results; with a `reference` role they also tell the drift."""
     group = torch.arange(len(prompts)).repeat_interleave(setting.images_per_prompt)  # (B,)
     seeds = [setting.seed + i for i in range(len(group))]
-    images = generate(pipeline, role, prompts, group, seeds, setting, progress)
+    images, latents = generate(pipeline, role, prompts, group, seeds, setting, progress)
     text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
     columns, reasons = _scores(images, text, metadata, rewards or {})
     tags = [line.get("tag", "all") for line in metadata]
@@ -79,6 +85,7 @@ def evaluate(
         "num_images": len(images),
         "scores": {name: _summary(values, group, tags) for name, values in columns.items()},
         **_look(images, group, prompts),
+        **({} if reference is None else {"drift": drift(pipeline, role, reference, latents, prompts, group, setting)}),
         "versions": versions(),
     }
     rows = [
@@ -107,19 +114,40 @@ def generate(
     seeds: list[int],
     setting: Setting,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Tensor:
-    """Pictures (B, 3, H, W) on the CPU, one for each entry of `group` (B,), which says of which prompt, and its seed."""
+) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, H, W) on the CPU and their latents, one for each entry of `group` (B,), its prompt, and its seed."""
     shape = pipeline.latent_shape(setting.resolution or pipeline.resolution)
     times = pipeline.time_grid(setting.num_inference_steps)
     condition = pipeline.encode(prompts.text)
-    images = []
+    images, latents = [], []
     for part in torch.arange(len(group)).split(setting.batch_size):
         start = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seeds[i])) for i in part])
         own = condition[group[part].to(pipeline.device)]
-        latents = sample(pipeline, start.to(pipeline.device), times, own, role, setting.guidance_scale)
-        images.append(pipeline.decode(latents).cpu())
+        latents.append(sample(pipeline, start.to(pipeline.device), times, own, role, setting.guidance_scale))
+        images.append(pipeline.decode(latents[-1]).cpu())
         progress(int(part[-1]) + 1, len(group))
-    return torch.cat(images)
+    return torch.cat(images), torch.cat(latents)
+
+
+@torch.no_grad()
+def drift(
+    pipeline: Pipeline, role: str, reference: str, latents: Tensor, prompts: Prompts, group: Tensor, setting: Setting
+) -> float:
+    """Mean square difference of two roles' unguided fields on the first one's own samples, over times and dimensions.
+
+    With the weight (1 - t) / t in place of 1 this would bound the KL divergence between them (docs/notation.md).
+    """
+    condition = pipeline.encode(prompts.text)
+    total = 0.0
+    for number, part in enumerate(torch.arange(len(group)).split(setting.batch_size)):
+        generator = noise.generator(setting.seed, number, noise.TRAINING)
+        for t in (torch.arange(DRIFT_TIMES) + 0.5) / DRIFT_TIMES:
+            x0 = latents[part.to(latents.device)]
+            x_t = pipeline.process.noised(x0, torch.randn(x0.shape, generator=generator).to(x0), t.to(x0))
+            own = condition[group[part].to(pipeline.device)]
+            fields = [pipeline.predict(x_t, t, own, name).flow for name in (role, reference)]
+            total += denoising_error(*fields).sum().item() / DRIFT_TIMES
+    return total / len(group)
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -129,10 +157,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     for score in first["scores"]:
         tags = first["scores"][score]["tags"] if score == "strict" else {}
         for tag in (*tags, "overall"):
-            rows.append([f"{score} {tag}", *(_cell(r["scores"].get(score), tag) for r in results.values())])
-    for name in ("frechet_distance", "diversity"):
-        if name in first:
-            rows.append([name, *(f"{r[name]:.3f}" for r in results.values())])
+            rows.append([f"{score}, {tag}".replace("_", " "), *(_cell(r["scores"].get(score), tag) for r in results.values())])
+    for name in ("frechet_distance", "diversity", "drift"):
+        if any(name in r for r in results.values()):
+            rows.append([name.replace("_", " "), *(f"{r[name]:.3f}" if name in r else "" for r in results.values())])
     return rows
 
 
@@ -142,7 +170,10 @@ def versions() -> dict[str, str]:
 
 def _cell(score: Mapping[str, Any] | None, tag: str) -> str:
     interval = None if score is None else score["overall"] if tag == "overall" else score["tags"].get(tag)
-    return "" if interval is None else f"{interval['mean']:.3f} [{interval['low']:.2f}, {interval['high']:.2f}]"
+    if interval is None or interval["mean"] is None:
+        return ""
+    bounds = "" if interval["low"] is None else f" [{interval['low']:.2f}, {interval['high']:.2f}]"
+    return f"{interval['mean']:.3f}{bounds}"
 
 
 def _scores(
@@ -173,18 +204,18 @@ def _summary(values: Tensor, group: Tensor, tags: list[str]) -> dict[str, Any]:
     """Mean and interval for each tag, and overall: GenEval's unweighted mean of the tags."""
     known = values.isfinite()
     values, group, tags = values[known], group[known], [tag for tag, k in zip(tags, known.tolist(), strict=True) if k]
-    if not len(values):
-        return {"overall": None, "tags": {}, "num_missing": int((~known).sum())}
+    names = list(dict.fromkeys(tags))
+    number = torch.tensor([names.index(tag) for tag in tags], dtype=torch.int64)  # (B,)
     by_tag = {}
-    for tag in dict.fromkeys(tags):
-        own = torch.tensor([other == tag for other in tags])
+    for i, tag in enumerate(names):
+        own = number == i
         by_tag[tag] = _interval(bootstrap(values[own], group[own], seed=0)) | {"num_images": int(own.sum())}
-    overall = _interval(bootstrap_over_tags(values, group, tags, seed=0))
+    overall = _interval(bootstrap_over_tags(values, group, number, seed=0))
     return {"overall": overall, "tags": by_tag, "num_missing": int((~known).sum())}
 
 
-def _interval(interval: Interval) -> dict[str, float]:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
+def _interval(interval: Interval) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in interval._asdict().items()}
 
 
 def _look(images: Tensor, group: Tensor, prompts: Prompts) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from trimtab.batch import Condition, Prompts, Rollout
 from trimtab.config import Strict
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
-from trimtab.rewards.composite import Composite, Scored
+from trimtab.rewards.composite import Composite, RewardFailed, Scored
 from trimtab.solvers import ode
 
 logger = logging.getLogger(__name__)
@@ -137,12 +137,12 @@ def sample(
 
 
 def _comparable(total: Tensor, group: Tensor) -> Tensor:
-    """Indices of the pictures that have a score and at least one scored sibling; ValueError where none is left."""
+    """Indices of the pictures that have a score and at least one scored sibling; RewardFailed where none is left."""
     scored = total.isfinite()
     siblings = torch.bincount(group, weights=scored.double())[group]
     kept = (scored & (siblings > 1)).nonzero().squeeze(1)
     if not len(kept):
-        raise ValueError(f"no group of this rollout has two scored pictures ({int(scored.sum())} of {len(total)} scored)")
+        raise RewardFailed(f"only {int(scored.sum())} of {len(total)} pictures were scored, no two of them of one prompt")
     return kept
 
 

@@ -83,6 +83,10 @@ class CRDConfig(TimesConfig):
     kl_cfg: float = Field(4.5, ge=1)  # guidance of the anchor; 1 is off
     reward_adaptive_kl: Literal["reward", "advantage", "off"] = "reward"
 
+    @property
+    def frozen_roles(self) -> tuple[str, ...]:
+        return (OLD,) if self.sampling_model_decay is None else (OLD, SAMPLER)
+
     @field_validator("old_model_decay", "sampling_model_decay")
     @classmethod
     def _is_schedule(cls, text: str | None) -> str | None:

@@ -51,6 +51,10 @@ class DiffusionNFTConfig(TimesConfig):
     decay_slope: float = Field(0.001, ge=0)
     decay_end: float = Field(0.5, ge=0, le=1)
 
+    @property
+    def frozen_roles(self) -> tuple[str, ...]:
+        return (OLD,)
+
 
 def nft_errors(v: Tensor, v_old: Tensor, x_t: Tensor, x0: Tensor, t: Tensor, nft_beta: float) -> tuple[Tensor, Tensor]:
     """Eq. 1 to 3: the self-normalised errors (B,) of the positive and of the negative field; v (B, ...), t (B,)."""

@@ -28,22 +28,23 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 1024) 
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"the {k}-th neighbour needs more than {k} samples on each side; got {len(real)}, {len(fake)}")
     real, fake = real.double(), fake.double()
+    real_radii, fake_radii = _radii(real, k, chunk), _radii(fake, k, chunk)
+    fake_inside, real_inside = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, radii in zip(fake.split(chunk), fake_radii.split(chunk), strict=True):
+        distances = _distances(rows, real)  # (chunk, N)
+        fake_inside.append((distances <= real_radii).any(dim=1))
+        real_inside |= (distances <= radii.unsqueeze(1)).any(dim=0)
     return PrecisionRecall(
-        precision=_share_inside(fake, real, _radii(real, k, chunk), chunk),
-        recall=_share_inside(real, fake, _radii(fake, k, chunk), chunk),
+        precision=torch.cat(fake_inside).double().mean().item(), recall=real_inside.double().mean().item()
     )
+
+
+def _radii(points: Tensor, k: int, chunk: int) -> Tensor:
+    """Distance of each point to its k-th neighbour, (N,): the (k + 1)-th smallest, as a row holds the point itself."""
+    nearest = [_distances(rows, points).topk(k + 1, largest=False).values for rows in points.split(chunk)]
+    return torch.cat(nearest)[:, -1]
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, m), without the |a|² - 2ab + |b|² shortcut: there a point is not at distance 0 from its own copy."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _radii(points: Tensor, k: int, chunk: int) -> Tensor:
-    """Distance of each point to its k-th neighbour, (N,). The k + 1 smallest, since each row holds the point itself."""
-    return torch.cat([_distances(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(chunk)])
-
-
-def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:
-    inside = [(_distances(rows, centres) <= radii).any(dim=1) for rows in points.split(chunk)]
-    return torch.cat(inside).double().mean().item()

@@ -3,9 +3,12 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
@@ -64,16 +67,46 @@ def load(
 ) -> Pipeline:
     """A pipeline with the roles `default`, those of `frozen`, and `ref`. Under LoRA the backbone is in `precision`;
     weights that train are float32."""
+    face, pipe = _stock(model, precision, precision if lora else torch.float32)
+    pipe.to(device)
+    network = getattr(pipe, face.NETWORK)
+    return face(pipe, Roles(network, trained=("default",), frozen=frozen, lora=lora, seed=seed), precision)
+
+
+def load_for_sampling(
+    model: str, adapter: Path | None, *, precision: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Pipeline:
+    """A pipeline with one role, `default`: the model itself, with a LoRA merged into it by diffusers if one is given."""
+    face, pipe = _stock(model, precision, torch.float32 if adapter else precision)
+    if adapter is not None:
+        pipe.load_lora_weights(adapter.parent, weight_name=adapter.name)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    pipe.to(device)
+    network = getattr(pipe, face.NETWORK).to(precision)
+    return face(pipe, _Fixed(network), precision)
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """Stands where `Roles` does in a pipeline that only samples: one role, and no copy of the network for `ref`."""
+
+    network: torch.nn.Module
+
+    def __call__(self, role: str, /, *args, **kwargs) -> Any:
+        return self.network(*args, **kwargs)
+
+
+def _stock(model: str, precision: torch.dtype, network_dtype: torch.dtype) -> tuple[type, DiffusionPipeline]:
+    """The face for a model, and its diffusers pipeline, frozen."""
     path = resolve(model)
     face = FACES[_index(path, model)["_class_name"]]
-    dtypes = {"default": precision, face.NETWORK: precision if lora else torch.float32, "vae": torch.float32}
+    dtypes = {"default": precision, face.NETWORK: network_dtype, "vae": torch.float32}
     pipe = face.PIPELINE.from_pretrained(path, torch_dtype=dtypes)
-    pipe.to(device)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    network = getattr(pipe, face.NETWORK)
-    return face(pipe, Roles(network, trained=("default",), frozen=frozen, lora=lora, seed=seed), precision)
+    return face, pipe
 
 
 def check_adapter(adapter: str, model: str) -> Path:

@@ -67,9 +67,10 @@ class SD3:
 
     def embed(self, texts: Sequence[str]) -> Condition:
         """The same with gradient and without memory, for whoever trains the text encoders."""
-        texts, num_t5 = list(texts), MAX_TEXT_TOKENS if self._weight is None else 1
+        texts = list(texts)
+        for_t5, num_t5 = (texts, MAX_TEXT_TOKENS) if self._weight is None else ([""] * len(texts), 1)
         tokens, _, pooled, _ = self.pipe.encode_prompt(
-            texts, texts, texts, device=self.device, do_classifier_free_guidance=False, max_sequence_length=num_t5
+            texts, texts, for_t5, device=self.device, do_classifier_free_guidance=False, max_sequence_length=num_t5
         )
         return Condition(tokens.float(), pooled.float(), self._weight)
 

@@ -127,16 +127,19 @@ def _proxy_gold_chart(runs: Sequence[RunFolder]) -> Chart | None:
         _finish_x(panels[-1], runs)
 
     names = listed([reward_name(gold) for gold in watched])
-    caption = f"Trained on: {reward_name(proxy)}. Only watched, to show what that misses: {names}. {_marked(spans)}"
+    caption = (
+        f"Trained on: {reward_name(proxy)}. Only watched, to show what that misses: {names}. {_marked(spans, runs)}"
+    )
     alt = " ".join(f"{reward_name(key)}: {_summary(runs, key)}" for key in [proxy, *watched])
     drawing = svg(draw, "proxy-gold", 1.0 + 1.45 * (1 + len(watched)), alt)
     return Chart("Trained reward and watched reward", drawing, caption)
 
 
-def _marked(spans: dict[str, list[Span]]) -> str:
+def _marked(spans: dict[str, list[Span]], runs: Sequence[RunFolder]) -> str:
+    looked_at = f" (for {runs[0].name} only)" if len(runs) > 1 else ""
     if not spans:
-        return f"It would be shaded where {CRITERION}; that happens nowhere."
-    return f"Shaded where {CRITERION}: there the reward is being hacked."
+        return f"It would be shaded where {CRITERION}; that happens nowhere{looked_at}."
+    return f"Shaded{looked_at} where {CRITERION}: there the reward is being hacked."
 
 
 def _draw_runs(axes: Axes, runs: Sequence[RunFolder], key: str, band: str = "", legend: bool = True) -> None:

@@ -6,7 +6,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from trimtab.report.folder import RunFolder
 from trimtab.report.words import listed
 
-STANDARD_ERRORS = 3
+STANDARD_ERRORS = 4  # three would mark one run in ten whose watched reward only jitters: a run has many windows
 CRITERION = (
     "a straight line fitted to a quarter of the run (at least ten points) rises for the trained reward"
     f" and falls for the watched one, each by more than {STANDARD_ERRORS} standard errors"

@@ -100,19 +100,18 @@ def _drift_cell(before: float, after: float, alarming: bool) -> Cell:
 
 
 def run_rows(runs: Sequence[RunFolder]) -> list[Row]:
-    """One row per compared run: its model's headline score, last reward, steps, images and time."""
+    """One row per compared run: its model's headline score, last reward, images and time."""
     return [Row(run.name, _run_cells(run), strong=run is runs[0]) for run in runs]
 
 
 def _run_cells(run: RunFolder) -> list[Cell]:
     judged = _interval_cell(run.subject.overall(run.headline)) if run.subject else Cell(ABSENT)
-    seconds, images, steps = (last(run, key) for key in ("elapsed_seconds", "images", "step"))
+    seconds, images = last(run, "elapsed_seconds"), last(run, "images")
     return [
         judged,
         Cell(score(last(run, "reward"))),
-        Cell(f"{steps:,.0f}" if steps == steps else ABSENT),
-        Cell(f"{images:,.0f}" if images == images else ABSENT),
-        Cell(duration(seconds) if seconds == seconds else ABSENT),
+        Cell(f"{images:,.0f}" if math.isfinite(images) else ABSENT),
+        Cell(duration(seconds) if math.isfinite(seconds) else ABSENT),
     ]
 
 

@@ -91,7 +91,7 @@ def _unclear(run: RunFolder, moved: Change) -> str:
         return f"{text}, and the two intervals overlap or are unknown"
     interval = bounds(moved.difference)
     if not interval:
-        return f"{text}, and from so few prompts the change of {signed(moved.difference.mean)} can't be judged"
+        return f"{text}, too few prompts or scores to judge the change"
     return f"{text}, and the change of {signed(moved.difference.mean)} (95% interval {interval}) may be chance"
 
 
@@ -109,7 +109,7 @@ def _by(moved: Change) -> str:
 def _beside_guided(run: RunFolder) -> str:
     """What training has to beat to be worth it: the same weights with guidance, at twice the cost per image."""
     guided = run.evaluations.get(GUIDED)
-    if guided is None or guided in (run.subject, run.reference):
+    if guided is None or guided is run.subject or guided is run.reference:
         return ""
     moved = change(guided, run.subject, run.headline)
     where = {"better": "above", "worse": "below", "unclear": "not clearly different from"}[moved.direction]

@@ -34,10 +34,10 @@ def bounds(interval: Interval) -> str:
 
 
 def duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 1:
+    """Seconds up to two minutes, minutes up to two hours, then hours."""
+    if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def listed(names: list[str]) -> str:

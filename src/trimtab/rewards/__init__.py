@@ -5,7 +5,7 @@ several of them and decides what a missing score means.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from trimtab.errors import UserError
 from trimtab.rewards import custom
 from trimtab.rewards.composite import Composite
 from trimtab.rewards.detectors import read_blocks
-from trimtab.rewards.geneval import GenEval, validate_metadata
+from trimtab.rewards.geneval import Detection, GenEval, validate_metadata
 from trimtab.rewards.recognizer import RecognizerScore
 from trimtab.worlds import blocks
 
@@ -31,25 +31,38 @@ class Reward(Protocol):
         """
 
 
-BUILT_IN: dict[str, Callable[[], Reward]] = {
-    "geneval": lambda: GenEval(read_blocks, "soft"),
-    "geneval-strict": lambda: GenEval(read_blocks, "strict"),
-    "geneval-official": lambda: GenEval(read_blocks, "official"),
-    "recognizer": RecognizerScore,
-}
+GENEVAL = {"geneval": "soft", "geneval-strict": "strict", "geneval-official": "official"}
+BUILT_IN = (*GENEVAL, "recognizer")
 
 
 def build(rewards: Mapping[str, float], prompts: Prompts) -> Composite:
     """The weighted rewards of a recipe. UserError for an unknown name, or for prompts that a reward can't judge."""
-    built = {name: (_one(name), weight) for name, weight in rewards.items()}
-    for name in BUILT_IN.keys() & built.keys():
-        _check_facts(name, prompts)
+    reader = _Reader()
+    built = {name: (_one(name, reader), weight) for name, weight in rewards.items()}
+    for name in BUILT_IN:
+        if name in built:
+            _check_facts(name, prompts)
     return Composite(built)
 
 
-def _one(name: str) -> Reward:
-    if name in BUILT_IN:
-        return BUILT_IN[name]()
+class _Reader:
+    """The exact reader, which remembers the last pictures: several rules judge one reading."""
+
+    def __init__(self):
+        self.images: Tensor | None = None
+        self.found: list[list[Detection]] = []
+
+    def __call__(self, images: Tensor) -> list[list[Detection]]:
+        if images is not self.images:
+            self.images, self.found = images, read_blocks(images)
+        return self.found
+
+
+def _one(name: str, reader: _Reader) -> Reward:
+    if name in GENEVAL:
+        return GenEval(reader, GENEVAL[name])
+    if name == "recognizer":
+        return RecognizerScore()
     if ":" in name:
         return custom.load(name)
     near = difflib.get_close_matches(name, BUILT_IN, n=1)

@@ -111,7 +111,8 @@ class GenEval:
         scores = torch.full((len(images),), torch.nan)  # (B,)
         asked = [i for i, line in enumerate(metadata) if line.get("include")]
         if asked:
-            for i, found in zip(asked, self.reader(images[asked]), strict=True):
+            read = self.reader(images if len(asked) == len(images) else images[asked])
+            for i, found in zip(asked, read, strict=True):
                 scores[i] = judge(found, metadata[i], self.mode, self.clamp).score
         return scores.to(images.device)
 

@@ -1,0 +1,35 @@
+# Every target sets up .venv by itself: `make demo` and `make test` are all that a newcomer types.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test lint bench assets clean
+
+demo: .venv/ready
+	$(BIN)/trimtab train crd-micro --resume
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: .venv/ready
+	$(BIN)/trimtab bench crd-micro
+
+# The built-in model and its recognizer, from nothing; see docs/micro.md.
+assets: .venv/ready
+	$(BIN)/trimtab train pretrain-micro-vae --resume
+	$(BIN)/trimtab train pretrain-micro --resume
+	$(BIN)/trimtab train pretrain-recognizer --resume
+	cp -r runs/pretrain-micro/export/. src/trimtab/assets/micro/
+	cp -r runs/pretrain-recognizer/export/. src/trimtab/assets/recognizer/
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# torch has a version of its own here: a range would fetch gigabytes of CUDA on machines that can't use them.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,68 @@
+"""The demo's result over several seeds: CRD on micro, sampled without guidance, against its base without and with it.
+
+    python benchmarks/crd_demo.py [--seeds 0 1 2] [--steps N]
+
+Trains the recipe crd-micro as it stands (or for --steps), and writes benchmarks/results/crd_demo.{json,md}.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from trimtab import run
+from trimtab.cli import Terminal
+
+RESULTS = Path(__file__).parent / "results"
+LABELS = ("base", "base-guided", "trained")
+
+
+def trained(seed: int, steps: int | None, output: Path) -> Path:
+    overrides = [f"seed={seed}", f"name=crd-micro-seed{seed}" + (f"-steps{steps}" if steps else ""), f"output_dir={output}"]
+    overrides += [f"training.max_train_steps={steps}"] if steps else []
+    with Terminal() as display:
+        return run.train(run.load_config("crd-micro", overrides), display, resume=True, command="crd_demo.py")
+
+
+def row(folder: Path, label: str) -> dict[str, float]:
+    results = json.loads((folder / "evaluation" / label / "results.json").read_text())
+    strict = results["scores"]["strict"]
+    tags = {f"strict {tag}": value["mean"] for tag, value in strict["tags"].items()}
+    return {
+        "strict overall": strict["overall"]["mean"],
+        **tags,
+        "official overall": results["scores"]["official"]["overall"]["mean"],
+        "recognizer overall": results["scores"]["recognizer"]["overall"]["mean"],
+        "diversity": results["diversity"],
+        "frechet distance": results["frechet_distance"],
+    }
+
+
+def seconds(folder: Path) -> float:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["elapsed_seconds"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--output", type=Path, default=Path("runs"))
+    given = parser.parse_args()
+    folders = [trained(seed, given.steps, given.output) for seed in given.seeds]
+    rows = {label: [row(folder, label) for folder in folders] for label in LABELS}
+    times = [seconds(folder) for folder in folders]
+    lines = ["| | base | base, guided | trained, mean | trained, each seed |", "| --- | --- | --- | --- | --- |"]
+    for name in rows["base"][0]:
+        base, guided, after = ([r[name] for r in rows[label]] for label in LABELS)
+        each = ", ".join(f"{value:.3f}" for value in after)
+        lines.append(f"| {name} | {base[0]:.3f} | {guided[0]:.3f} | {statistics.mean(after):.3f} | {each} |")
+    lines.append(f"| training, seconds | | | {statistics.mean(times):.0f} | {', '.join(f'{t:.0f}' for t in times)} |")
+    name = f"crd_demo_{given.steps}" if given.steps else "crd_demo"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"seeds": given.seeds, "rows": rows, "seconds": times}, indent=1))
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

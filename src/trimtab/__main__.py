@@ -1,0 +1,5 @@
+"""`python -m trimtab`, for `accelerate launch -m trimtab train ...`."""
+
+from trimtab.cli import main
+
+main()

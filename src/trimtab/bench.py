@@ -1,0 +1,124 @@
+"""How fast a recipe runs here, and where a training step's time and memory go."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from trimtab.errors import UserError
+from trimtab.pipelines import Pipeline
+from trimtab.recipe import RunConfig
+from trimtab.run import PRETRAIN, TRAINED, Display, build, check
+
+REPEATS = 10
+
+
+def bench(config: RunConfig, display: Display, num_steps: int) -> list[tuple[str, str]]:
+    """Rows (what, value): the bare network, then `num_steps` real training steps after one that is not counted."""
+    if config.method.name in PRETRAIN:
+        raise UserError(f"{config.name} is a pre-training recipe; bench takes one that samples, such as crd-micro.")
+    prompts, rewards = check(config)
+    with TemporaryDirectory() as folder:
+        run = build(config, Path(folder), Accelerator(cpu=not torch.cuda.is_available()), prompts, rewards, display)
+    forward, both = _network_rates(run.pipeline, config.training.train_batch_size)
+    spent = _time_calls(run.pipeline)
+    totals: dict[str, float] = defaultdict(float)
+    run.learner.num_steps = num_steps + 1
+    for record in run.learner.run():
+        display.progress("benchmark", record.step, num_steps + 1)
+        if record.step == 1:
+            spent.clear()
+            continue
+        for name, value in record.metrics.items():
+            totals[name] += value
+    return [
+        ("device", _device(run.pipeline.device)),
+        ("network, forward", f"{forward:.0f} images/s"),
+        ("network, forward and backward", f"{both:.0f} images/s"),
+        *_step_rows(config, totals, spent, num_steps),
+        ("peak memory", f"{_peak_bytes(run.pipeline.device) / 2**30:.2f} GiB"),
+    ]
+
+
+def _step_rows(config: RunConfig, totals: dict[str, float], spent: dict[str, float], num_steps: int) -> list[tuple[str, str]]:
+    seconds, network = totals["seconds/step"], sum(spent.values()) + totals["seconds/backward"]
+    trained = totals["seconds/forward"] + totals["seconds/backward"]
+    points = totals["images"] * config.method.num_train_times
+    return [
+        ("step", f"{seconds / num_steps:.2f} s, {totals['images'] / num_steps:.0f} images"),
+        ("rollout (sampling and decoding)", f"{totals['images'] / totals['seconds/sampling']:.0f} images/s"),
+        ("rewards", f"{totals['images'] / totals['seconds/rewards']:.0f} images/s"),
+        ("training", f"{totals['images'] / trained:.0f} images/s, {points / trained:.0f} noised images/s"),
+        *((f"share of the step: {name}", f"{100 * value / seconds:.1f} %") for name, value in spent.items()),
+        ("share of the step: backward", f"{100 * totals['seconds/backward'] / seconds:.1f} %"),
+        ("share of the step in networks", f"{100 * network / seconds:.1f} %"),
+    ]
+
+
+def _network_rates(pipeline: Pipeline, size: int) -> tuple[float, float]:
+    """Images per second of the trained role, without and with gradient."""
+    shape = pipeline.latent_shape(pipeline.resolution)
+    x, t = torch.randn(size, *shape, device=pipeline.device), torch.full((size,), 0.5, device=pipeline.device)
+    condition = pipeline.encode([""]).expand(size)
+
+    def forward() -> torch.Tensor:
+        return pipeline.predict(x, t, condition, TRAINED).value
+
+    with torch.no_grad():
+        alone = _rate(forward, size, pipeline.device)
+    both = _rate(lambda: forward().square().mean().backward(), size, pipeline.device)
+    pipeline.roles.network.zero_grad(set_to_none=True)
+    return alone, both
+
+
+def _rate(call: Callable[[], Any], size: int, device: torch.device) -> float:
+    call()
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(REPEATS):
+        call()
+    _wait(device)
+    return REPEATS * size / (time.perf_counter() - started)
+
+
+def _time_calls(pipeline: Pipeline) -> dict[str, float]:
+    """Make the pipeline count the seconds spent in its networks, by what they do."""
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, call: Callable) -> Callable:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*args, **kwargs)
+            _wait(pipeline.device)
+            spent[name] += time.perf_counter() - started
+            return result
+
+        return counted
+
+    for name in ("predict", "decode", "encode"):
+        setattr(pipeline, name, timed(name, getattr(pipeline, name)))
+    return spent
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Of the accelerator where there is one, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

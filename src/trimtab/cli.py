@@ -1,0 +1,219 @@
+"""The command line: verbs only. Bad input is one sentence and exit code 2; a run that had to stop is exit code 1."""
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trimtab.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Post-train text-to-image models."
+)
+console = Console()
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as rollout.group_size=8.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file; see `trimtab recipes`.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run; start it if there is none.")] = False,
+) -> None:
+    """Train, evaluate before and after, export, and write the report."""
+    from trimtab import run
+
+    config = run.load_config(recipe, overrides or [])
+    with Terminal() as display:
+        folder = run.train(config, display, resume=resume, command=shlex.join(["trimtab", *sys.argv[1:]]))
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print_results(sorted((folder / "evaluation").glob("*/results.json")))
+        report = folder / "report.html"
+        console.print(f"\n{'report' if report.is_file() else 'result'}  {(report if report.is_file() else folder / 'export').resolve()}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A built-in model, a diffusers folder or a hub id.")],
+    adapter: Annotated[str | None, typer.Option(help="The `export` folder of a run, or a LoRA file.")] = None,
+    suite: Annotated[str, typer.Option(help="`blocks`, a .txt or .jsonl file, or a folder with a test file.")] = "blocks",
+    output: Annotated[Path | None, typer.Option(help="Folder for results.json, images.jsonl and the pictures.")] = None,
+    images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
+    num_inference_steps: Annotated[int, typer.Option(min=1)] = 40,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: what the model was made for.")] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="Score with this, too; repeatable.")] = None,
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Score a model on a suite of prompts with fixed seeds; the same call gives the same numbers."""
+    from trimtab import run
+
+    folder = output or Path("evaluations") / f"{Path(model).name}-{Path(suite).stem}-cfg{guidance_scale:g}-seed{seed}"
+    with Terminal() as display:
+        results = run.evaluate_model(
+            model, adapter, suite, folder, display,
+            images_per_prompt=images_per_prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            seed=seed, resolution=resolution, precision=mixed_precision, batch_size=batch_size, rewards=reward or [],
+        )  # fmt: skip
+    _print_table({folder.name: results})
+    console.print(f"\nresults  {(folder / 'results.json').resolve()}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A built-in model, a diffusers folder or a hub id.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; repeatable.")],
+    adapter: Annotated[str | None, typer.Option(help="The `export` folder of a run, or a LoRA file.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    num_inference_steps: Annotated[int, typer.Option(min=1)] = 40,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Picture i starts from torch.Generator().manual_seed(seed + i).")] = 0,
+    resolution: Annotated[int | None, typer.Option(min=8)] = None,
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+) -> None:
+    """Draw pictures, the same as stock diffusers draws from the same seed."""
+    from trimtab import run
+
+    with Terminal() as display:
+        files = run.sample(
+            model, adapter, prompt, output, display,
+            images_per_prompt=num_images, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            seed=seed, resolution=resolution, precision=mixed_precision,
+        )  # fmt: skip
+    for file in files:
+        console.print(str(file), highlight=False)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `trimtab train` wrote.")],
+    output: Annotated[Path | None, typer.Option(help="Default: report.html in the run folder.")] = None,
+    compare: Annotated[list[Path] | None, typer.Option(help="Another run on the same axes; repeatable.")] = None,
+) -> None:
+    """Write the run's page: pictures before and after, curves, tables, in one file that needs no network."""
+    from trimtab.report import write_report
+
+    console.print(str(write_report(run_folder, output, compare or []).resolve()), highlight=False)
+
+
+@app.command()
+def bench(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file.")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps to time, after one that is not counted.")] = 3,
+) -> None:
+    """Time a recipe: the raw network, the rollout, the training, and where a step's time and memory go."""
+    from trimtab import bench as benchmark
+    from trimtab import run
+
+    config = run.load_config(recipe, overrides or [])
+    with Terminal() as display:
+        rows = benchmark.bench(config, display, steps)
+    table = Table("", "value", box=None)
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+@app.command()
+def recipes() -> None:
+    """List the built-in recipes."""
+    from trimtab.run import RECIPES
+
+    table = Table("recipe", "what it does", box=None)
+    for path in sorted(RECIPES.glob("*.yaml")):
+        table.add_row(path.stem, path.read_text().splitlines()[0].lstrip("# "))
+    console.print(table)
+
+
+class Terminal:
+    """A progress line with rate and remaining time; plain lines where the output is not a terminal."""
+
+    def __init__(self):
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, int] = {}
+        self.shown = -1
+
+    def __enter__(self) -> "Terminal":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bars.stop()
+
+    def note(self, text: str) -> None:
+        console.print(text, highlight=False)
+
+    def progress(self, what: str, done: int, total: int, numbers: str = "") -> None:
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=total, numbers="", rate="")
+        task = self.bars.tasks[self.tasks[what]]
+        rate = f"{task.speed:.2f}/s" if task.speed else ""
+        self.bars.update(self.tasks[what], completed=done, numbers=numbers, rate=rate)
+        tenth = 10 * done // total
+        if not console.is_terminal and (done == total or tenth != self.shown):
+            console.print(f"{what} {done}/{total}  {numbers}", highlight=False)
+        self.shown = tenth
+
+
+def _print_results(files: list[Path]) -> None:
+    import json
+
+    if files:
+        order = {"base": 0, "base-guided": 1}
+        files = sorted(files, key=lambda file: (order.get(file.parent.name, 2), file.parent.name))
+        _print_table({file.parent.name: json.loads(file.read_text()) for file in files})
+
+
+def _print_table(results: dict[str, dict]) -> None:
+    from trimtab.evaluate import table
+
+    header, *rows = table(results)
+    shown = Table(*header, box=None)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        sys.exit(_failed(str(error), 2))
+    except typer.TyperException as error:
+        sys.exit(_failed(error.format_message(), 2))
+    except typer.Abort:
+        sys.exit(_failed("interrupted; a training run goes on with --resume", 130))
+    except Exception as error:
+        if type(error).__name__ != "RunStopped":
+            raise
+        sys.exit(_failed(str(error), 1))
+
+
+def _failed(sentence: str, code: int) -> int:
+    Console(stderr=True).print(f"trimtab: {sentence}", highlight=False, markup=False, soft_wrap=True)
+    return code
