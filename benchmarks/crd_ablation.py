@@ -78,7 +78,7 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 def picture(folders: dict[str, list[Path]], file: Path) -> None:
     keys = {"rewards/recognizer/mean": "proxy (trained on)", "watched/geneval-strict/mean": "gold (strict)"}
-    keys |= {"latent_diversity": "diversity of siblings' latents"}
+    keys |= {"diversity": "diversity of siblings' latents"}
     figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 4), layout="constrained")
     for axis, (key, title) in zip(axes, keys.items(), strict=True):
         for name, runs in folders.items():
@@ -102,7 +102,9 @@ def main() -> None:
     rows = {"base": [numbers(folders[given.variants[0]][0], "base")]}
     rows |= {variant: [numbers(folder) for folder in runs] for variant, runs in folders.items()}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "crd_ablation.json").write_text(json.dumps({"steps": given.steps, "seeds": given.seeds, "rows": rows}, indent=1))
+    (RESULTS / "crd_ablation.json").write_text(
+        json.dumps({"steps": given.steps, "seeds": given.seeds, "rows": rows}, indent=1)
+    )
     (RESULTS / "crd_ablation.md").write_text(table(rows))
     picture(folders, RESULTS / "crd_ablation.png")
     print(table(rows))

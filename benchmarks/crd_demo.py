@@ -2,13 +2,20 @@
 
     python benchmarks/crd_demo.py [--seeds 0 1 2] [--steps N]
 
-Trains the recipe crd-micro as it stands (or for --steps), and writes benchmarks/results/crd_demo.{json,md}.
+Trains the recipe crd-micro as it stands (or for --steps), and writes benchmarks/results/crd_demo.{json,md}
+and docs/images/before-after.png.
 """
 
 import argparse
 import json
 import statistics
 from pathlib import Path
+from textwrap import fill
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 from trimtab import run
 from trimtab.cli import Terminal
@@ -18,7 +25,11 @@ LABELS = ("base", "base-guided", "trained")
 
 
 def trained(seed: int, steps: int | None, output: Path) -> Path:
-    overrides = [f"seed={seed}", f"name=crd-micro-seed{seed}" + (f"-steps{steps}" if steps else ""), f"output_dir={output}"]
+    overrides = [
+        f"seed={seed}",
+        f"name=crd-micro-seed{seed}" + (f"-steps{steps}" if steps else ""),
+        f"output_dir={output}",
+    ]
     overrides += [f"training.max_train_steps={steps}"] if steps else []
     with Terminal() as display:
         return run.train(run.load_config("crd-micro", overrides), display, resume=True, command="crd_demo.py")
@@ -36,6 +47,30 @@ def row(folder: Path, label: str) -> dict[str, float]:
         "diversity": results["diversity"],
         "frechet distance": results["frechet_distance"],
     }
+
+
+def picture(folder: Path, file: Path, number: int = 12) -> None:
+    """The first picture of every n-th prompt, under each label; a mark says what the strict rules make of it."""
+    rows = {
+        label: [json.loads(line) for line in (folder / "evaluation" / label / "images.jsonl").read_text().splitlines()]
+        for label in LABELS
+    }
+    firsts = [i for i, line in enumerate(rows["base"]) if line["sibling"] == 0]
+    chosen = [firsts[(2 * k + 1) * len(firsts) // (2 * number)] for k in range(number)]
+    figure, axes = plt.subplots(len(LABELS), number, figsize=(1.15 * number, 4.2), layout="constrained")
+    for line, label in zip(axes, LABELS, strict=True):
+        line[0].set_ylabel(label, fontsize=9)
+        for axis, i in zip(line, chosen, strict=True):
+            shown = rows[label][i]
+            axis.imshow(plt.imread(folder / "evaluation" / label / shown["file"]), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(
+                "right" if shown["strict"] else "wrong", fontsize=7, color="green" if shown["strict"] else "firebrick"
+            )
+            if label == LABELS[0]:
+                axis.set_title(fill(shown["prompt"].split(" of ", 1)[1], 14), fontsize=7)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
 
 
 def seconds(folder: Path) -> float:
@@ -62,6 +97,8 @@ def main() -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps({"seeds": given.seeds, "rows": rows, "seconds": times}, indent=1))
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    if not given.steps:
+        picture(folders[0], Path(__file__).parents[1] / "docs" / "images" / "before-after.png")
 
 
 if __name__ == "__main__":

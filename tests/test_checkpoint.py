@@ -64,7 +64,14 @@ def test_any_state_comes_back_with_the_same_structure_types_and_bits(tmp_path, s
 
 def test_names_that_collide_keep_their_own_tensors(tmp_path):
     one, two, three = (torch.tensor([number]) for number in (1, 2, 3))
-    state = {"a/b": one, "a": {"b": two}, "m": {1: one, "1": two}, "__metadata__": three, "$tensor": "a/b"}
+    state = {
+        "a/b": one,
+        "a": {"b": two},
+        "m": {1: one, "1": two},
+        "__metadata__": three,
+        "$tensor": "a/b",
+        "\ud800é": one,
+    }
     checkpoint.save(tmp_path / "c", state)
     assert same(checkpoint.load(tmp_path / "c"), state)
 
@@ -195,6 +202,13 @@ def test_one_flipped_bit_anywhere_is_a_user_error(saved, name):
 def test_a_file_cut_short_is_named(saved, name, size):
     os.truncate(saved / name, size)
     with pytest.raises(UserError, match=f"checkpoint-1/{name} is damaged"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"format": 1, "sha256": {}, "state": {}}'])
+def test_json_that_is_no_checkpoint_is_named(saved, text):
+    (saved / "state.json").write_text(text)
+    with pytest.raises(UserError, match=r"checkpoint-1/state\.json is damaged \(it is not what a checkpoint holds\)"):
         checkpoint.load(saved)
 
 

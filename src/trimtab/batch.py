@@ -25,7 +25,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Condition:
-    """P encoded prompts. A token may stand for several equal ones: `weight` (L,) says for how many, None for one each."""
+    """P encoded prompts. A token may stand for several equal ones: `weight` (L,) says how many; None is one each."""
 
     tokens: Tensor  # (P, L, D)
     pooled: Tensor  # (P, D')
@@ -48,7 +48,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Rollout:
-    """B samples of P prompts and what they earned. Siblings share `group`, the position of their prompt in `prompts`."""
+    """B samples of P prompts and what they earned. Siblings share `group`, their prompt's position in `prompts`."""
 
     prompts: Prompts  # P
     condition: Condition  # P
@@ -56,7 +56,8 @@ class Rollout:
     group: Tensor  # (B,) int64, 0 .. P - 1
     sibling: Tensor  # (B,) int64, 0 .. G - 1
     reward: Tensor  # (B,) float32, finite
-    advantage: Tensor  # (B,) float32
+    scaled: Tensor  # (B,) float32, the reward in units of its standard deviation
+    advantage: Tensor  # (B,) float32, the same less the mean of the siblings
     seed: int
     step: int
 
@@ -65,10 +66,10 @@ class Rollout:
 
     def __getitem__(self, items: Tensor) -> Self:
         """Some of the samples, of the same prompts."""
-        columns = ("latents", "group", "sibling", "reward", "advantage")
+        columns = ("latents", "group", "sibling", "reward", "scaled", "advantage")
         return replace(self, **{name: getattr(self, name)[items] for name in columns})
 
-    def keys(self) -> list[tuple[int, int, int, int]]:
+    def noise_keys(self) -> list[tuple[int, int, int, int]]:
         """(seed, step, prompt index, sibling) of each sample, to seed its noise."""
         pairs = zip(self.group.tolist(), self.sibling.tolist(), strict=True)
         return [(self.seed, self.step, self.prompts.index[group], sibling) for group, sibling in pairs]
@@ -79,7 +80,7 @@ class Rollout:
         return [self[torch.isin(self.group, part)] for part in groups.tensor_split(num_parts) if len(part)]
 
     def whole_groups(self, size: int) -> Iterator[Tensor]:
-        """Indices of the samples in packs of at most `size` that break no group; a larger group is a pack of its own."""
+        """Indices of the samples in packs of at most `size` that break no group; a larger group is its own pack."""
         pack: list[Tensor] = []
         for group in self.group.unique():
             members = (self.group == group).nonzero().squeeze(1)

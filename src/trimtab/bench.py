@@ -47,7 +47,9 @@ def bench(config: RunConfig, display: Display, num_steps: int) -> list[tuple[str
     ]
 
 
-def _step_rows(config: RunConfig, totals: dict[str, float], spent: dict[str, float], num_steps: int) -> list[tuple[str, str]]:
+def _step_rows(
+    config: RunConfig, totals: dict[str, float], spent: dict[str, float], num_steps: int
+) -> list[tuple[str, str]]:
     seconds, network = totals["seconds/step"], sum(spent.values()) + totals["seconds/backward"]
     trained = totals["seconds/forward"] + totals["seconds/backward"]
     points = totals["images"] * config.method.num_train_times

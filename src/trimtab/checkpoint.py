@@ -217,7 +217,7 @@ def _store(tensor: torch.Tensor, place: str, tensors: dict[str, torch.Tensor]) -
     if not plain or not (tensor.is_floating_point() or tensor.dtype in _OTHER_DTYPES):
         kind = f"{type(tensor).__name__} of {tensor.layout}, {tensor.dtype}, {tensor.device}"
         raise ValueError(f"checkpoint state holds a {kind} at {place!r}; expected a dense tensor of a common dtype")
-    name = place.encode("ascii", "backslashreplace").decode()
+    name = place.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no UTF-8
     while name in tensors or name == "__metadata__":  # keys 1 and "1", or "a/b" and a -> b; and safetensors' own key
         name += "'"
     tensors[name] = tensor.cpu().resolve_conj().resolve_neg().contiguous()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trimtab.errors import UserError
+from trimtab.errors import RunStopped, UserError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Post-train text-to-image models."
@@ -26,7 +26,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the reci
 def train(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file; see `trimtab recipes`.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run; start it if there is none.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, or start it.")] = False,
 ) -> None:
     """Train, evaluate before and after, export, and write the report."""
     from trimtab import run
@@ -36,21 +36,23 @@ def train(
         folder = run.train(config, display, resume=resume, command=shlex.join(["trimtab", *sys.argv[1:]]))
     if int(os.environ.get("RANK", "0")) == 0:
         _print_results(sorted((folder / "evaluation").glob("*/results.json")))
-        report = folder / "report.html"
-        console.print(f"\n{'report' if report.is_file() else 'result'}  {(report if report.is_file() else folder / 'export').resolve()}")
+        made = next(path for path in (folder / "report.html", folder / "export") if path.exists())
+        console.print(f"\n{made.stem}  {made.resolve()}", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A built-in model, a diffusers folder or a hub id.")],
     adapter: Annotated[str | None, typer.Option(help="The `export` folder of a run, or a LoRA file.")] = None,
-    suite: Annotated[str, typer.Option(help="`blocks`, a .txt or .jsonl file, or a folder with a test file.")] = "blocks",
+    suite: Annotated[
+        str, typer.Option(help="`blocks`, a .txt or .jsonl file, or a folder with a test file.")
+    ] = "blocks",
     output: Annotated[Path | None, typer.Option(help="Folder for results.json, images.jsonl and the pictures.")] = None,
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
     num_inference_steps: Annotated[int, typer.Option(min=1)] = 40,
     guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: what the model was made for.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="Score with this, too; repeatable.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -78,7 +80,9 @@ def sample(
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     num_inference_steps: Annotated[int, typer.Option(min=1)] = 40,
     guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Picture i starts from torch.Generator().manual_seed(seed + i).")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Picture i starts from torch.Generator().manual_seed(seed + i).")
+    ] = 0,
     resolution: Annotated[int | None, typer.Option(min=8)] = None,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
 ) -> None:
@@ -199,6 +203,7 @@ def _print_table(results: dict[str, dict]) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         app(standalone_mode=False)
@@ -208,12 +213,11 @@ def main() -> None:
         sys.exit(_failed(error.format_message(), 2))
     except typer.Abort:
         sys.exit(_failed("interrupted; a training run goes on with --resume", 130))
-    except Exception as error:
-        if type(error).__name__ != "RunStopped":
-            raise
+    except RunStopped as error:
         sys.exit(_failed(str(error), 1))
 
 
 def _failed(sentence: str, code: int) -> int:
-    Console(stderr=True).print(f"trimtab: {sentence}", highlight=False, markup=False, soft_wrap=True)
+    if sentence:  # it is empty after the help that a bare `trimtab` prints
+        Console(stderr=True).print(f"trimtab: {sentence}", highlight=False, markup=False, soft_wrap=True)
     return code

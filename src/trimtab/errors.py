@@ -1,5 +1,9 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence: what was given, what was expected, what to do. The command line exits with 2."""
+    """Bad input, in one sentence: what was given, what was expected, what to do. The command line exits with 2."""
+
+
+class RunStopped(RuntimeError):
+    """Work that can't go on through no fault of the command, in one sentence. The command line exits with 1."""

@@ -34,7 +34,8 @@ from trimtab.pipelines import Pipeline
 from trimtab.rewards import Reward
 from trimtab.rewards.detectors import read_blocks
 from trimtab.rewards.geneval import judge
-from trimtab.rewards.recognizer import RecognizerScore, load as load_recognizer
+from trimtab.rewards.recognizer import RecognizerScore
+from trimtab.rewards.recognizer import load as load_recognizer
 from trimtab.rollout import sample
 from trimtab.worlds import blocks
 
@@ -115,7 +116,7 @@ def generate(
     setting: Setting,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, H, W) on the CPU and their latents, one for each entry of `group` (B,), its prompt, and its seed."""
+    """Pictures (B, 3, H, W) on the CPU and their latents, one for each entry of `group` (B,), its prompt, and seed."""
     shape = pipeline.latent_shape(setting.resolution or pipeline.resolution)
     times = pipeline.time_grid(setting.num_inference_steps)
     condition = pipeline.encode(prompts.text)
@@ -157,7 +158,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     for score in first["scores"]:
         tags = first["scores"][score]["tags"] if score == "strict" else {}
         for tag in (*tags, "overall"):
-            rows.append([f"{score}, {tag}".replace("_", " "), *(_cell(r["scores"].get(score), tag) for r in results.values())])
+            rows.append(
+                [f"{score}, {tag}".replace("_", " "), *(_cell(r["scores"].get(score), tag) for r in results.values())]
+            )
     for name in ("frechet_distance", "diversity", "drift"):
         if any(name in r for r in results.values()):
             rows.append([name.replace("_", " "), *(f"{r[name]:.3f}" if name in r else "" for r in results.values())])

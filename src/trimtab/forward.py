@@ -50,7 +50,7 @@ def draw_times(config: TimesConfig, grid: Tensor, keys: list[tuple[int, ...]]) -
     u = noise.uniform(keys, (config.num_train_times,))  # (P, T)
     if config.time_sampling == "grid":
         place = stratified(u) * (len(grid) - 1)
-        return grid[place.long()]
+        return grid[place.long().clamp(max=len(grid) - 2)]  # rounding may carry the last one to the end
     return shifted(stratified(u, config.min_time, config.max_time), config.time_shift)
 
 
@@ -62,7 +62,7 @@ def times_of(rollout: Rollout, config: TimesConfig, grid: Tensor) -> Tensor:
 
 def points(pipeline: Pipeline, rollout: Rollout, t: Tensor, number: int) -> Points:
     """The samples at times t (B,), the `number`-th of each; their noise is keyed by sample and number."""
-    keys = [(*key, noise.TRAINING, number) for key in rollout.keys()]
+    keys = [(*key, noise.TRAINING, number) for key in rollout.noise_keys()]
     x0 = rollout.latents
     eps = noise.normal(keys, x0.shape[1:]).to(x0)
     t = t.to(x0.device)

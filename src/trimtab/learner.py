@@ -6,35 +6,20 @@ to go on bit for bit.
 """
 
 import logging
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 
-from trimtab.config import Strict
 from trimtab.method import Method
+from trimtab.optimizer import OptimizerConfig, adamw, lr_factor
 
 logger = logging.getLogger(__name__)
-
-
-class OptimizerConfig(Strict):
-    """AdamW for every trained network; names and defaults as in diffusers' training scripts."""
-
-    learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler: Literal["constant", "cosine"] = "constant"
-    lr_warmup_steps: int = Field(0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_weight_decay: float = Field(1e-4, ge=0)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
 
 
 @dataclass(frozen=True)
@@ -45,15 +30,6 @@ class Record:
     metrics: dict[str, float]
 
 
-def lr_factor(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Share of the learning rate at a step: a linear warm-up, then constant, or a half cosine down to zero."""
-    warmup = min(1.0, (step + 1) / (config.lr_warmup_steps + 1))
-    if config.lr_scheduler == "constant":
-        return warmup
-    done = max(0, step - config.lr_warmup_steps) / max(1, num_steps - config.lr_warmup_steps)
-    return warmup * 0.5 * (1 + math.cos(math.pi * done))
-
-
 class Learner:
     """Runs a method for `num_steps` steps. Networks that are to be wrapped for several processes are so already."""
 
@@ -62,15 +38,7 @@ class Learner:
         self.step = self.updates = 0
         self.parameters = {name: _trainable(network) for name, network in method.trained().items()}
         self.optimizers = {
-            name: accelerator.prepare_optimizer(
-                torch.optim.AdamW(
-                    parameters.values(),
-                    lr=config.learning_rate,
-                    betas=(config.adam_beta1, config.adam_beta2),
-                    eps=config.adam_epsilon,
-                    weight_decay=config.adam_weight_decay,
-                )
-            )
+            name: accelerator.prepare_optimizer(adamw(config, parameters.values()))
             for name, parameters in self.parameters.items()
         }
 
@@ -110,12 +78,12 @@ class Learner:
 
     def _update(self, batch: Any, log: dict[str, list]) -> None:
         """One optimizer update of every network that the batch's losses name."""
-        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        totals: dict[str, Tensor] = {}
         for loss in self._timed(self.method.losses(batch), "forward", log):
             started = time.perf_counter()
             self.accelerator.backward(loss.value, inputs=list(self.parameters[loss.network].values()))
             log["seconds/backward"].append(time.perf_counter() - started)
-            totals[loss.network] += loss.value.detach().cpu()
+            totals[loss.network] = totals.get(loss.network, 0) + loss.value.detach()
             for name, value in loss.metrics.items():
                 log[name].append(value)
         for name, total in totals.items():

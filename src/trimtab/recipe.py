@@ -6,10 +6,10 @@ import torch
 from pydantic import Field
 
 from trimtab.config import Strict
-from trimtab.learner import OptimizerConfig
 from trimtab.methods.crd import CRDConfig
 from trimtab.methods.diffusion_nft import DiffusionNFTConfig
 from trimtab.methods.pretrain import PretrainMicroConfig, PretrainRecognizerConfig, PretrainVAEConfig
+from trimtab.optimizer import OptimizerConfig
 from trimtab.roles import SD3_ATTENTION, LoraSettings
 from trimtab.rollout import RolloutConfig
 
@@ -72,13 +72,13 @@ class EvaluationConfig(Strict):
 class RunConfig(Strict):
     """A whole recipe."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     seed: int = Field(42, ge=0)
     output_dir: str = "runs"
     method: MethodConfig
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    rewards: dict[str, float] = {}  # name -> weight; weight 0: measured, never trained on
+    rewards: dict[str, float] = Field(default_factory=dict)  # name -> weight; 0: measured, never trained on
     rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig

@@ -5,12 +5,14 @@ compared with its siblings never crosses a rank; only the global standard deviat
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -51,16 +53,19 @@ class Rollouts:
     seed: int
     rank: int = 0
     num_processes: int = 1
-    gather: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
+    gather: Callable[[Tensor], Tensor] | None = None  # needed where there are several processes
 
     @torch.no_grad()
     def collect(self, step: int, role: str) -> tuple[Rollout, dict[str, float]]:
-        """The rollout of a step, sampled by `role`, and what the log should say of it; unscored pictures are left out."""
+        """The rollout of a step, sampled by `role`, and what to log of it; unscored pictures are left out."""
         prompts = self._prompts(step)
         group = torch.arange(len(prompts)).repeat_interleave(self.config.group_size)  # (B,)
         sibling = torch.arange(self.config.group_size).repeat(len(prompts))  # (B,)
         condition = self.pipeline.encode(prompts.text)
-        keys = [(self.seed, step, prompts.index[g], s, noise.ROLLOUT) for g, s in zip(group.tolist(), sibling.tolist())]
+        keys = [
+            (self.seed, step, prompts.index[g], s, noise.ROLLOUT)
+            for g, s in zip(group.tolist(), sibling.tolist(), strict=True)
+        ]
         started = time.perf_counter()
         latents, images = self._sample(keys, condition, group, role)
         sampled = time.perf_counter()
@@ -69,6 +74,7 @@ class Rollouts:
         seconds = {"seconds/sampling": sampled - started, "seconds/rewards": time.perf_counter() - sampled}
         kept = _comparable(scored.total, group)
         reward = scored.total[kept].float()
+        scaled = reward / (self._spread(reward, group[kept]) + ADVANTAGE_EPS)
         rollout = Rollout(
             prompts=prompts,
             condition=condition,
@@ -76,7 +82,8 @@ class Rollouts:
             group=group[kept],
             sibling=sibling[kept],
             reward=reward,
-            advantage=self._advantage(reward, group[kept]),
+            scaled=scaled,
+            advantage=groups.centred(scaled, group[kept]),
             seed=self.seed,
             step=step,
         )
@@ -99,23 +106,30 @@ class Rollouts:
         for part in torch.arange(len(keys)).split(self.config.sample_batch_size):
             start = noise.normal([keys[i] for i in part], shape).to(self.pipeline.device)
             own = condition[group[part].to(self.pipeline.device)]
-            latents.append(sample(self.pipeline, start, times, own, role, self.config.guidance_scale, self.config.solver_order))
+            latents.append(
+                sample(self.pipeline, start, times, own, role, self.config.guidance_scale, self.config.solver_order)
+            )
             images.append(self.pipeline.decode(latents[-1]).cpu())
         return torch.cat(latents), torch.cat(images)
 
-    def _advantage(self, reward: Tensor, group: Tensor) -> Tensor:
-        """(reward - mean of the siblings) / (standard deviation + eps), (B,)."""
-        if self.config.advantage_std == "group" or self.num_processes == 1:
-            return groups.normalised(reward, group, ADVANTAGE_EPS, self.config.advantage_std)
-        spread = self.gather(reward.to(self.pipeline.device)).std(correction=0).cpu()
-        return groups.centred(reward, group) / (spread + ADVANTAGE_EPS)
+    def _spread(self, reward: Tensor, group: Tensor) -> Tensor:
+        """Standard deviation of the rewards: of each sample's siblings (B,), or of all processes' samples, a scalar."""
+        if self.config.advantage_std == "group":
+            return groups.means(groups.centred(reward, group).square(), group).sqrt()
+        if self.gather is None:
+            return reward.std(correction=0)
+        # Processes gather equal shapes only, and each may have lost pictures or have a prompt less.
+        size = math.ceil(self.config.num_prompts / self.num_processes) * self.config.group_size
+        padded = F.pad(reward, (0, size - len(reward)), value=math.nan)
+        everybody = self.gather(padded.to(self.pipeline.device)).cpu()
+        return everybody[everybody.isfinite()].std(correction=0)
 
     def _log(self, scored: Scored, rollout: Rollout) -> dict[str, float]:
         log = {
             "reward": rollout.reward.mean().item(),
             "reward_std": rollout.reward.std(correction=0).item(),
             "frac_reward_zero_std": groups.frac_zero_std(rollout.reward, rollout.group).item(),
-            "latent_diversity": _spread(rollout.latents, rollout.group),
+            "diversity": _distance(rollout.latents, rollout.group),
         }
         for name, raw in scored.raw.items():
             family = "rewards" if self.rewards.rewards[name][1] else "watched"
@@ -126,7 +140,13 @@ class Rollouts:
 
 
 def sample(
-    pipeline: Pipeline, start: Tensor, times: Tensor, condition: Condition, role: str, guidance_scale: float, order: int = 1
+    pipeline: Pipeline,
+    start: Tensor,
+    times: Tensor,
+    condition: Condition,
+    role: str,
+    guidance_scale: float,
+    order: int = 1,
 ) -> Tensor:
     """Clean latents (B, C, h, w) from noise of that shape by the deterministic solver, one condition a sample."""
 
@@ -142,11 +162,13 @@ def _comparable(total: Tensor, group: Tensor) -> Tensor:
     siblings = torch.bincount(group, weights=scored.double())[group]
     kept = (scored & (siblings > 1)).nonzero().squeeze(1)
     if not len(kept):
-        raise RewardFailed(f"only {int(scored.sum())} of {len(total)} pictures were scored, no two of them of one prompt")
+        raise RewardFailed(
+            f"only {int(scored.sum())} of {len(total)} pictures were scored, no two of them of one prompt"
+        )
     return kept
 
 
-def _spread(latents: Tensor, group: Tensor) -> float:
+def _distance(latents: Tensor, group: Tensor) -> float:
     """Root mean square distance of siblings' latents: the mean over groups of sqrt(2 variance within the group)."""
     parts: Iterator[Tensor] = (latents[group == g].flatten(1) for g in group.unique())
     return torch.stack([(2 * part.var(0).mean()).sqrt() for part in parts]).mean().item()

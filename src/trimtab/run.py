@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from trimtab import checkpoint, evaluate
 from trimtab.batch import Prompts
 from trimtab.config import dump, find_recipe, load_yaml, override, validate
-from trimtab.errors import UserError
+from trimtab.errors import RunStopped, UserError
 from trimtab.files import atomic_write, lock
 from trimtab.learner import Learner, Record
 from trimtab.method import Method
@@ -27,6 +28,7 @@ from trimtab.methods import crd, diffusion_nft, pretrain
 from trimtab.pipelines import Pipeline, loading
 from trimtab.recipe import RunConfig
 from trimtab.report import write_report
+from trimtab.rewards import BUILT_IN
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards.composite import Composite, RewardFailed
 from trimtab.roles import REFERENCE
@@ -55,10 +57,6 @@ class Display(Protocol):
     def progress(self, what: str, done: int, total: int, numbers: str = "") -> None: ...
 
 
-class RunStopped(RuntimeError):
-    """A run that can't go on, with its state saved."""
-
-
 @dataclass
 class Run:
     """A run that is ready to go: everything is checked and built."""
@@ -69,6 +67,7 @@ class Run:
     learner: Learner
     method: Method
     pipeline: Pipeline | None  # None: pre-training
+    rewards: Composite | None  # None: pre-training
     display: Display
 
     @property
@@ -77,7 +76,7 @@ class Run:
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration that a recipe (a built-in name or a YAML file) and `a.b=c` overrides make; UserError if unsound."""
+    """The configuration that a recipe (built-in, or a YAML file) and `a.b=c` overrides make; UserError if unsound."""
     path = find_recipe(recipe, RECIPES)
     data = override(load_yaml(path), overrides)
     return validate(RunConfig, {key: value for key, value in data.items() if key not in ABOUT}, path.name)
@@ -92,10 +91,11 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
     with ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(lock(folder))
-            _start(config, folder, resume, command)
+            _check_folder(config, folder, resume)
         accelerator.wait_for_everyone()
         saved = checkpoint.latest(folder) if resume else None
         run = build(config, folder, accelerator, prompts, rewards, display)
+        _describe(run, command)
         if saved is not None:
             run.learner.load_state(checkpoint.load(saved))
             display.note(f"resumed from {saved}")
@@ -111,25 +111,46 @@ def check(config: RunConfig) -> tuple[Prompts, Composite | None]:
         return Prompts((), (), ()), None
     loading.resolve(config.model.pretrained_model_name_or_path)
     prompts = load_prompts(config.data.prompts)
-    if config.evaluation.suite is not None:
-        load_prompts(config.evaluation.suite, "test")
     if not config.rewards:
         raise UserError("the recipe names no reward; add one, for example rewards='{path/to/file.py:function: 1.0}'.")
-    if len(prompts) < config.rollout.num_prompts:
-        logger.warning("only %d prompts for rollouts of %d", len(prompts), config.rollout.num_prompts)
+    built_in = {name: 1.0 for name in config.rewards if name in BUILT_IN}
+    if config.evaluation.suite is not None and built_in:
+        build_rewards(built_in, _unseen(config))
+    elif config.evaluation.suite is not None or config.training.num_validation_prompts:
+        _unseen(config)
+    size = min(len(prompts), config.rollout.num_prompts)
+    if size < config.rollout.num_prompts:
+        logger.warning("only %d prompts for rollouts of %d", size, config.rollout.num_prompts)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say it
+    if size % processes:
+        raise UserError(
+            f"a rollout of {size} prompts can't be shared by {processes} processes, each of which takes whole prompts; "
+            f"make rollout.num_prompts a multiple of {processes} that the prompts suffice for."
+        )
     return prompts, build_rewards(config.rewards, prompts)
 
 
-def _start(config: RunConfig, folder: Path, resume: bool, command: str) -> None:
-    """Leave config.yaml in the folder, or see that the one there is the same."""
+def _unseen(config: RunConfig) -> Prompts:
+    """The prompts for pictures and evaluation: the test split of the suite, or else of the training prompts."""
+    return load_prompts(config.evaluation.suite or config.data.prompts, "test")
+
+
+def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+    """UserError unless the folder is new, or holds this very run, which is to be resumed."""
     file = folder / "config.yaml"
-    if file.is_file():
-        if not resume:
-            raise UserError(f"{folder} already holds a run; add --resume to go on with it, or give another name=... .")
-        _check_unchanged(config, file)
+    if not file.is_file():
         return
-    about = {"command": command, "revision": _revision(), "versions": evaluate.versions()}
-    atomic_write(file, dump(config) + yaml.safe_dump(about, sort_keys=False))
+    if not resume:
+        raise UserError(f"{folder} already holds a run; add --resume to go on with it, or give another name=... .")
+    _check_unchanged(config, file)
+
+
+def _describe(run: Run, command: str) -> None:
+    """Leave config.yaml in the folder, once the run is built: one that could not start leaves no trace to resume."""
+    file = run.folder / "config.yaml"
+    if run.writes and not file.is_file():
+        about = {"command": command, "revision": _revision(), "versions": evaluate.versions()}
+        atomic_write(file, dump(run.config) + yaml.safe_dump(about, sort_keys=False))
 
 
 def _check_unchanged(config: RunConfig, file: Path) -> None:
@@ -162,7 +183,12 @@ def _revision() -> str | None:
 
 
 def build(
-    config: RunConfig, folder: Path, accelerator: Accelerator, prompts: Prompts, rewards: Composite | None, display: Display
+    config: RunConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    prompts: Prompts,
+    rewards: Composite | None,
+    display: Display,
 ) -> Run:
     """Load the model and put everything together, untrained; `prompts` and `rewards` as `check` returned them."""
     pipeline = None
@@ -190,11 +216,11 @@ def build(
             config.seed,
             accelerator.process_index,
             accelerator.num_processes,
-            accelerator.gather,
+            accelerator.gather if accelerator.num_processes > 1 else None,
         )
         method = ONLINE[config.method.name](config.method, pipeline, rollouts, config.training.train_batch_size)
     learner = Learner(method, accelerator, config.optimizer, config.training.max_train_steps)
-    return Run(config, folder, accelerator, learner, method, pipeline, display)
+    return Run(config, folder, accelerator, learner, method, pipeline, rewards, display)
 
 
 def _learn(run: Run) -> None:
@@ -212,9 +238,10 @@ def _learn(run: Run) -> None:
                 _pictures(run, record.step)
             if record.step % training.checkpointing_steps == 0 or record.step == total:
                 _save(run)
-    except RewardFailed as error:
+    except (RewardFailed, UserError) as error:  # raised between updates, so that the state is that after a step
         _save(run)
-        raise RunStopped(f"{error}; the run is saved at step {run.learner.step}, mend the reward and --resume.") from error
+        cause = str(error).rstrip(".")
+        raise RunStopped(f"{cause}; the run is saved at step {run.learner.step}, mend this and --resume.") from error
     finally:
         if log is not None:
             log.close()
@@ -252,13 +279,18 @@ def _evaluate(run: Run, label: str, role: str, guidance_scale: float) -> None:
     folder = run.folder / "evaluation" / label
     if (folder / "results.json").is_file():
         return  # written last, so all of it is there
+    own = {name: reward for name, reward in run.rewards.alone().items() if name not in BUILT_IN}
     evaluate.evaluate(
         run.pipeline,
         role,
-        load_prompts(run.config.evaluation.suite, "test"),
+        _unseen(run.config),
         replace(_setting(run.config), guidance_scale=guidance_scale),
         folder,
-        described={"model": run.config.model.pretrained_model_name_or_path, "adapter": "export" if role == TRAINED else None},
+        rewards=own,  # the built-in ones are measured wherever they can be
+        described={
+            "model": run.config.model.pretrained_model_name_or_path,
+            "adapter": "export" if role == TRAINED else None,
+        },
         reference=REFERENCE if role == TRAINED else None,
         progress=lambda done, total: run.display.progress(f"evaluating {label}", done, total),
     )
@@ -281,7 +313,7 @@ def _pictures(run: Run, step: int) -> None:
     number = run.config.training.num_validation_prompts
     if run.pipeline is None or not number or not run.writes:
         return
-    prompts = load_prompts(run.config.evaluation.suite or run.config.data.prompts, "test")
+    prompts = _unseen(run.config)
     number = min(number, len(prompts))
     chosen = prompts[[i * len(prompts) // number for i in range(number)]]
     setting = replace(_setting(run.config), images_per_prompt=1)
@@ -340,7 +372,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """`trimtab evaluate`: the results, also in `folder`."""
     prompts = load_prompts(suite, "test")
-    extra = {name: reward for name, (reward, _) in build_rewards(dict.fromkeys(rewards, 1.0), prompts).rewards.items()} if rewards else {}
+    extra = build_rewards(dict.fromkeys(rewards, 1.0), prompts).alone() if rewards else {}
     pipeline, role = _opened(model, adapter, precision)
     return evaluate.evaluate(
         pipeline,
@@ -355,7 +387,14 @@ def evaluate_model(
 
 
 def sample(
-    model: str, adapter: str | None, texts: Sequence[str], folder: Path, display: Display, *, precision: str = "no", **how: Any
+    model: str,
+    adapter: str | None,
+    texts: Sequence[str],
+    folder: Path,
+    display: Display,
+    *,
+    precision: str = "no",
+    **how: Any,
 ) -> list[Path]:
     """`trimtab sample`: the files written, one a picture, named by prompt and seed."""
     setting = evaluate.Setting(suite="", precision=precision, **how)

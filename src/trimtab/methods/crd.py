@@ -209,7 +209,7 @@ def parse_schedule(text: str) -> DecaySchedule:
         raise UserError(
             f"schedule {text!r} is not start-first-slope-end; give four numbers such as 75-0-0.0075-0.999"
         ) from None
-    if not (start == int(start) and 0 <= first <= 1 and 0 <= end <= 1):
+    if not (start.is_integer() and 0 <= first <= 1 and 0 <= end <= 1):
         raise UserError(f"schedule {text!r} must have a whole start and decays in [0, 1], as 75-0-0.0075-0.999 has")
     return DecaySchedule(int(start), first, slope, end)
 
@@ -313,11 +313,9 @@ class CRD:
         return Loss(TRAINED, value, metrics)
 
     def _signal(self, rollout: Rollout) -> Tensor:
-        """R of eq. 5. Without centring the reward itself takes the advantage's place, on the advantage's scale."""
-        if self.config.centring != "none":
-            return unit_signal(rollout.advantage, self.config.adv_clip_range)
-        scale = rollout.advantage.std(correction=0) / rollout.reward.std(correction=0).clamp_min(1e-6)
-        return unit_signal(rollout.reward * scale, self.config.adv_clip_range)
+        """R of eq. 5; without centring, of the reward before its mean is taken off."""
+        value = rollout.scaled if self.config.centring == "none" else rollout.advantage
+        return unit_signal(value, self.config.adv_clip_range)
 
     def _centres(self, q: Tensor, signal: Tensor, group: Tensor) -> Tensor:
         return centres(

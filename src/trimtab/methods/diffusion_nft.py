@@ -123,7 +123,9 @@ class DiffusionNFT:
             v_old = self.pipeline.predict(at.x_t, at.t, at.condition, OLD).flow
             v_ref = self.pipeline.predict(at.x_t, at.t, at.condition, REFERENCE).flow
         v = self.pipeline.predict(at.x_t, at.t, at.condition, TRAINED).flow
-        signal = (advantage.clamp(-config.adv_clip_range, config.adv_clip_range) / (2 * config.adv_clip_range) + 0.5).to(v)
+        signal = (
+            advantage.clamp(-config.adv_clip_range, config.adv_clip_range) / (2 * config.adv_clip_range) + 0.5
+        ).to(v)
         plus, minus = nft_errors(v, v_old, at.x_t, at.x0, at.t, config.nft_beta)
         value = nft_loss(plus, minus, signal, nft_beta=config.nft_beta, clip=config.adv_clip_range, num_terms=num_terms)
         drift = denoising_error(v, v_ref)  # (B,)

@@ -1,8 +1,8 @@
 """How the built-in model and its recognizer were made: three plain pre-trainings on the world blocks.
 
 `PretrainVAE`         |x - y| + (x - y)^2 + 1e-4 KL, the auto-encoder of *micro*
-`PretrainMicro`       || v(x_t, t, c) - (eps - x_0) ||^2, its transformer and text encoders (arXiv 2403.03206), with 10 %
-                      of the captions dropped and a share of them wrong, as the web's are
+`PretrainMicro`       || v(x_t, t, c) - (eps - x_0) ||^2, its transformer and text encoders (arXiv 2403.03206); some of
+                      the captions are dropped, and some are wrong, as the web's are
 `PretrainRecognizer`  cross-entropy of shape and colour in each cell
 """
 
@@ -265,4 +265,4 @@ def _load_vae(folder: str) -> AutoencoderKL:
         raise UserError(
             f"method.vae is {folder!r}, which holds no auto-encoder; run `trimtab train pretrain-micro-vae`."
         )
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    return AutoencoderKL.from_pretrained(folder, dtype=torch.float32)

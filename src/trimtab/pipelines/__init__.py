@@ -33,8 +33,10 @@ class Pipeline(Protocol):
     def encode(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts."""
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0) -> Prediction:
-        """What the weights of `role` say at x_t (B, ...) and t, () or (B,), given B conditions; w = 1 is no guidance."""
+    def predict(
+        self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0
+    ) -> Prediction:
+        """What the weights of `role` say at x_t (B, ...) and t, () or (B,), for B conditions; w = 1 is no guidance."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [0, 1]."""

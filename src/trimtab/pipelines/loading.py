@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
@@ -41,7 +41,9 @@ def _index(path: str, model: str) -> dict:
     file = Path(path) / "model_index.json"
     if not file.is_file():
         if Path(path).exists():
-            raise UserError(f"model folder {model!r} has no model_index.json; give a folder saved by a diffusers pipeline.")
+            raise UserError(
+                f"model folder {model!r} has no model_index.json; give a folder saved by a diffusers pipeline."
+            )
         try:
             file = Path(hf_hub_download(path, "model_index.json"))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -51,9 +53,12 @@ def _index(path: str, model: str) -> dict:
                 f"({type(error).__name__}); check the name, or log in with `hf auth login`."
             ) from error
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        index = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not JSON ({error}); the model folder is damaged, fetch it again.") from error
+    if not isinstance(index, dict):
+        raise UserError(f"{file} is not a JSON object; the model folder is damaged, fetch it again.")
+    return index
 
 
 def load(
@@ -76,7 +81,7 @@ def load(
 def load_for_sampling(
     model: str, adapter: Path | None, *, precision: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Pipeline:
-    """A pipeline with one role, `default`: the model itself, with a LoRA merged into it by diffusers if one is given."""
+    """A pipeline with one role, `default`: the model itself, with a LoRA, if given, merged into it by diffusers."""
     face, pipe = _stock(model, precision, torch.float32 if adapter else precision)
     if adapter is not None:
         pipe.load_lora_weights(adapter.parent, weight_name=adapter.name)
@@ -102,7 +107,7 @@ def _stock(model: str, precision: torch.dtype, network_dtype: torch.dtype) -> tu
     path = resolve(model)
     face = FACES[_index(path, model)["_class_name"]]
     dtypes = {"default": precision, face.NETWORK: network_dtype, "vae": torch.float32}
-    pipe = face.PIPELINE.from_pretrained(path, torch_dtype=dtypes)
+    pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -138,5 +143,8 @@ def _shapes_of_network(path: str, network: str) -> dict[str, list[int]] | None:
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:
-    with safe_open(file, framework="pt") as tensors:
-        return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file} is no safetensors file ({error}); it is damaged, fetch or export it again.") from error

@@ -3,13 +3,13 @@
 Every part is the class that SD3.5 uses, only small: an 8x KL auto-encoder with 8 latent channels, two CLIP text
 encoders over a word-level vocabulary, and a six-block MMDiT on 8 x 8 latents. Stock diffusers refuses an SD3 folder
 without a T5 encoder, so there is one that reads nothing: it has no layers and its tokenizer knows one token, so that
-all 256 tokens it returns are the same. The recipes `pretrain-micro-vae` and `pretrain-micro` train the rest from nothing.
+all 256 tokens it returns are the same. The recipes `pretrain-micro-vae` and `pretrain-micro` train the rest.
 """
 
 import torch
-from torch import nn
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -39,7 +39,9 @@ def build(seed: int) -> StableDiffusion3Pipeline:
             tokenizer=tokenizer,
             text_encoder_2=_text_encoder(tokenizer),
             tokenizer_2=tokenizer,
-            text_encoder_3=T5EncoderModel(T5Config(vocab_size=1, d_model=2 * TEXT_WIDTH, num_layers=0, pad_token_id=0, eos_token_id=0)),
+            text_encoder_3=T5EncoderModel(
+                T5Config(vocab_size=1, d_model=2 * TEXT_WIDTH, num_layers=0, pad_token_id=0, eos_token_id=0)
+            ),
             tokenizer_3=_blind_tokenizer(),
         )
     for part in pipe.components.values():
@@ -114,7 +116,7 @@ def _transformer() -> SD3Transformer2DModel:
 
 
 def _vae() -> AutoencoderKL:
-    """Scale and shift are set once the auto-encoder is trained, so that latents have mean 0 and standard deviation 1."""
+    """Scale and shift are set once it is trained, so that latents have mean 0 and standard deviation 1."""
     return AutoencoderKL(
         sample_size=64,
         latent_channels=8,

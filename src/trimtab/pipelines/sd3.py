@@ -74,7 +74,9 @@ class SD3:
         )
         return Condition(tokens.float(), pooled.float(), self._weight)
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0) -> Prediction:
+    def predict(
+        self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0
+    ) -> Prediction:
         """The flow at x_t (B, C, h, w) and t, () or (B,), given one encoded prompt a sample; w = 1 is one pass."""
         time = t.expand(len(x_t)).to(x_t)
         if guidance_scale == 1:
@@ -102,7 +104,7 @@ class SD3:
         return (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
 
     def export(self, folder: Path, role: str) -> None:
-        """A LoRA as stock diffusers and as PEFT load it, both with rank and alpha; fully trained weights as a pipeline."""
+        """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline."""
         if self.roles.lora is None:
             self.pipe.save_pretrained(folder)
             return
@@ -143,7 +145,7 @@ class SD3:
 
 
 def _kernel(value: Tensor) -> AbstractContextManager:
-    """torch's fused CPU attention takes four times as long to go backward, in bf16 over few tokens, as plain products."""
+    """In bf16 over few tokens, torch's fused CPU attention goes backward four times slower than plain products."""
     plain = value.device.type == "cpu" and value.requires_grad and value.shape[2] < 512
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 

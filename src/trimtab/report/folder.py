@@ -80,7 +80,9 @@ class RunFolder:
 
     def names(self, family: str) -> list[str]:
         """The names in keys such as rewards/<name>/mean, for the family 'rewards'."""
-        return [k.split("/")[1] for k in self.metrics if k.startswith(f"{family}/") and k.endswith("/mean")]
+        before, after = f"{family}/", "/mean"
+        keys = [key for key in self.metrics if key.startswith(before) and key.endswith(after)]
+        return [key.removeprefix(before).removesuffix(after) for key in keys]  # a name may itself be a path
 
 
 def read_run(path: Path) -> RunFolder:

@@ -47,7 +47,7 @@ def warnings(run: RunFolder) -> list[str]:
 
 def reward_name(key: str) -> str:
     """'clip' of rewards/clip/mean; a key without a family is its own name."""
-    return key.split("/")[1] if "/" in key else key
+    return key.partition("/")[2].removesuffix("/mean") or key
 
 
 def hacked_spans(x: np.ndarray, proxy: np.ndarray, gold: np.ndarray) -> list[Span]:

@@ -67,7 +67,9 @@ def _one(name: str, reader: _Reader) -> Reward:
         return custom.load(name)
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"did you mean {near[0]!r}? Built in are" if near else "built in are"
-    raise UserError(f"reward {name!r} is unknown; {hint} {', '.join(BUILT_IN)}; your own is 'path/to/file.py:function'.")
+    raise UserError(
+        f"reward {name!r} is unknown; {hint} {', '.join(BUILT_IN)}; your own is 'path/to/file.py:function'."
+    )
 
 
 def _check_facts(name: str, prompts: Prompts) -> None:
@@ -81,7 +83,7 @@ def _check_facts(name: str, prompts: Prompts) -> None:
             )
         validate_metadata(line, where)
         strange = [c["class"] for c in line["include"] if c["class"] not in blocks.SHAPES]
-        strange += [c["color"] for c in line["include"] if c.get("color", "red") not in blocks.COLORS]
+        strange += [c["color"] for c in line["include"] if (c.get("color") or "red") not in blocks.COLORS]
         if strange:
             raise UserError(
                 f"reward {name!r} reads blocks and knows no {strange[0]!r} ({where}); "

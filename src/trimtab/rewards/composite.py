@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.errors import UserError
+from trimtab.errors import RunStopped, UserError
 
 if TYPE_CHECKING:
     from trimtab.rewards import Reward
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class RewardFailed(RuntimeError):
+class RewardFailed(RunStopped):
     """A reward raised for every image of a batch: nothing is left to learn from, so save and stop."""
 
 
@@ -54,6 +54,14 @@ class Composite:
         if not any(weight for _, weight in self.rewards.values()):
             names = ", ".join(self.rewards) or "none"
             raise UserError(f"no reward has a weight other than 0 (rewards: {names}); give at least one.")
+
+    def alone(self) -> dict[str, "Reward"]:
+        """Each reward by itself, made to score NaN where it raises; where it raises for all, RewardFailed."""
+
+        def tolerant(name: str, reward: "Reward") -> "Reward":
+            return lambda images, prompts, metadata: _scores(name, reward, images, prompts, metadata)[0]
+
+        return {name: tolerant(name, reward) for name, (reward, _) in self.rewards.items()}
 
     def score(self, images: Tensor, prompts: list[str], metadata: list[dict], group: Tensor) -> Scored:
         """Images (B, 3, H, W) in [0, 1], B prompts and metadata, `group` (B,) int64 ids of any value and order.

@@ -8,6 +8,7 @@ a shape is then the sum of its probabilities, and facts are scored on such sums 
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Recognizer(nn.Module):
         widths = (3, 32, 64, 96)
         layers = [
             layer
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
             for layer in (nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU())
         ]
         self.trunk = nn.Sequential(*layers, _Residual(96), _Residual(96), nn.Conv2d(96, CHANNELS, 1), nn.SiLU())
@@ -80,9 +81,9 @@ def _credit(present: Tensor, colored: Tensor, metadata: Mapping[str, Any]) -> Te
         shape, count = SHAPES.index(clause["class"]), clause["count"]
         asked[shape] += count
         credits.append((-(numbers[shape] - count).abs()).exp())
-        if "color" in clause:
+        if clause.get("color"):
             credits.append((colored[shape, list(COLORS).index(clause["color"])].sum() / count).clamp(max=1))
-        if "position" in clause:
+        if clause.get("position"):
             relation, other = clause["position"]
             target = SHAPES.index(include[other]["class"])
             credits.append(_stands(relation, present[shape], present[target]))

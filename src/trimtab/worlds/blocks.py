@@ -203,7 +203,7 @@ def _related(centres: np.ndarray, relation: str) -> bool:
 
 
 def outline(shape: str) -> np.ndarray:
-    """The corners (N, 2) of a shape that fits the unit circle; y grows downwards. A ring's hole is not in its outline."""
+    """The corners (N, 2) of a shape that fits the unit circle, y downwards. A ring's hole is not in its outline."""
     turn = np.linspace(0, 2 * np.pi, 96, endpoint=False)
     if shape in ("circle", "ring"):
         return np.stack([np.cos(turn), np.sin(turn)], 1) * 0.95
@@ -225,12 +225,13 @@ def outline(shape: str) -> np.ndarray:
     angle = start + np.arange(corners * (2 if depth else 1)) * (np.pi if depth else 2 * np.pi) / corners
     radius = np.where(np.arange(len(angle)) % 2 == 0, 1.08, 1.08 * (depth or 1.0))
     points = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
-    return points * (0.72, 1.0) if shape == "diamond" else points + (0.0, 0.16 if shape == "triangle" else 0.0)
+    moved = {"triangle": (0.0, 0.16)}.get(shape, (0.0, 0.0))  # to the middle of its circle
+    return points * ((0.72, 1.0) if shape == "diamond" else 1.0) + np.array(moved)
 
 
 @cache
 def distance_fields() -> Tensor:
-    """Signed distances (shapes, 1, FIELD_PX, FIELD_PX) in radii, negative inside, on [-FIELD_EXTENT, FIELD_EXTENT]^2."""
+    """Signed distances (shapes, 1, F, F) in radii, negative inside, over [-FIELD_EXTENT, FIELD_EXTENT]^2."""
     fine = 4 * FIELD_PX
     fields = []
     for shape in SHAPES:

@@ -1,4 +1,4 @@
-"""Prompts from the user's own files: plain text, one a line, or JSONL with `prompt` and whatever a reward wants to know.
+"""Prompts from the user's own files: plain text, one a line, or JSONL with `prompt` and what a reward wants to know.
 
 A folder holds `train.txt` or `train.jsonl`, and `test.*` beside it, as in Flow-GRPO. A sentence that the world blocks
 can say gets its facts from there, so that the built-in rewards work on plain text as well.
@@ -42,7 +42,9 @@ def _file(path: Path, split: str) -> Path:
         found = [path / f"{split}{ending}" for ending in ("_metadata.jsonl", ".jsonl", ".txt")]
         path = next((candidate for candidate in found if candidate.is_file()), found[-1])
     if not path.is_file():
-        raise UserError(f"prompts {str(path)!r} do not exist; give 'blocks', a .txt or .jsonl file, or a folder of them.")
+        raise UserError(
+            f"prompts {str(path)!r} do not exist; give 'blocks', a .txt or .jsonl file, or a folder of them."
+        )
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"prompt file {path} ends in {path.suffix!r}; .txt (one prompt a line) and .jsonl can be read.")
     return path

@@ -1,0 +1,44 @@
+"""AdamW and its learning rate."""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from trimtab.config import Strict
+
+
+class OptimizerConfig(Strict):
+    """AdamW for every trained network; names and defaults as in diffusers' training scripts."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(1e-4, ge=0)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+def adamw(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """The optimizer of one network."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    )
+
+
+def lr_factor(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Share of the learning rate at a step: a linear warm-up, then constant, or a half cosine down to zero."""
+    warmup = min(1.0, (step + 1) / (config.lr_warmup_steps + 1))
+    if config.lr_scheduler == "constant":
+        return warmup
+    done = max(0, step - config.lr_warmup_steps) / max(1, num_steps - config.lr_warmup_steps)
+    return warmup * 0.5 * (1 + math.cos(math.pi * done))

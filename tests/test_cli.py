@@ -1,0 +1,440 @@
+"""Bad input is one sentence on stderr and exit code 2, before any weights load; and what the recipes are."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+
+from trimtab.cli import main
+from trimtab.files import lock
+from trimtab.pipelines import loading
+from trimtab.pipelines.sd3 import SD3
+from trimtab.run import RECIPES, load_config
+
+REWARD = "def brightness(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs `trimtab ...` in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(cli, monkeypatch):
+    """The sentence with which `trimtab ...` is refused; the test fails if it is more than that, or if weights load."""
+
+    def never(*args, **kwargs):
+        pytest.fail("weights were loaded before the input was checked")
+
+    monkeypatch.setattr(SD3.PIPELINE, "from_pretrained", never)
+
+    def call(*words):
+        code, _, stderr = cli(*words)
+        assert code == 2
+        assert stderr.startswith("trimtab: ")
+        assert stderr.endswith("\n")
+        assert stderr.count("\n") == 1
+        return stderr.removeprefix("trimtab: ").strip()
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, tiny_folder):
+    """Writes a sound recipe for the tiny model, changed as told, and returns its path; the working folder is tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "prompts.txt").write_text("a red dog\na blue cat\n")
+
+    def write(**sections):
+        data = {
+            "name": "mine",
+            "method": {"name": "crd", "num_train_times": 2},
+            "model": {"pretrained_model_name_or_path": str(tiny_folder), "rank": 2, "mixed_precision": "no"},
+            "data": {"prompts": "prompts.txt"},
+            "rewards": {"reward.py:brightness": 1.0},
+            "rollout": {"num_prompts": 2, "group_size": 4, "num_inference_steps": 2},
+            "training": {"max_train_steps": 1, "num_validation_prompts": 1},
+        }
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(data | sections))
+        return path
+
+    return write
+
+
+def write(path, text):
+    Path(path).write_text(text)
+    return path
+
+
+# What may be said
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rollout.group_sise=8", "did you mean rollout.group_size?"),
+        ("optimizer.lr=1e-4", "learning_rate"),
+        ("training.max_train_stesp=3", "did you mean training.max_train_steps?"),
+        ("method.kl_bta=1", "did you mean method.kl_beta?"),
+        ("group_size=3", "did you mean rollout.group_size?"),
+        ("modle.rank=3", "did you mean model?"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest_name(refused, recipe, override, says):
+    sentence = refused("train", recipe(), override)
+    assert "unknown key" in sentence
+    assert says in sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rollout.group_size=four", "an integer > 1"),
+        ("rollout.group_size=1", "an integer > 1"),
+        ("rollout.group_size=2.5", "an integer > 1"),
+        ("rollout.guidance_scale=-1", "a number >= 0"),
+        ("rollout.num_prompts=", "an integer > 0"),
+        ("evaluation.guidance_scale=-0.5", "a number >= 0"),
+        ("optimizer.learning_rate=0", "a number > 0"),
+        ("optimizer.adam_beta1=1", "< 1"),
+        ("training.max_train_steps=0", "an integer > 0"),
+        ("model.mixed_precision=fp16", '"bf16"'),
+        ("model.mixed_precision=8bit", '"bf16"'),
+        ("model.finetune_type=lorra", 'did you mean "lora"'),
+        ("model.target_modules=to_q", "a list"),
+        ("model.resolution=0", "> 0"),
+        ("method.name=cdr", '"crd"'),
+        ("method.crd_beta=.inf", "a finite number"),
+        ("method=crd", "a section"),
+        ("rewards={reward.py:brightness: a lot}", "a number"),
+        ("rewards=[reward.py:brightness]", "a mapping"),
+        ("seed=-1", ">= 0"),
+        ("name=a/b", "name"),
+        ("name=..", "name"),
+        ("name=", "a text"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_out_of_range_is_refused_with_what_it_may_be(refused, recipe, override, says):
+    sentence = refused("train", recipe(), override)
+    assert override.split("=")[0] in sentence
+    assert says in sentence
+
+
+@pytest.mark.parametrize("schedule", ["75-0", "fast", "0-2-0-1", "0.5-0-0-1", "0-nan-0-1", "inf-0-0-1", "nan-0-0-1", ""])
+@pytest.mark.parametrize("key", ["old_model_decay", "sampling_model_decay"])
+def test_a_malformed_schedule_is_refused_with_an_example(refused, recipe, key, schedule):
+    sentence = refused("train", recipe(), f"method.{key}='{schedule}'")
+    assert f"method.{key}" in sentence
+    assert "75-0-0.0075-0.999" in sentence
+
+
+@pytest.mark.parametrize("override", ["rollout.group_size", "=3", "rollout..group_size=3", "a b=3", "-x=3"])
+def test_an_override_that_is_not_key_is_value_is_refused(refused, recipe, override):
+    assert "rollout.group_size=8" in refused("train", recipe(), "--", override)
+
+
+@pytest.mark.parametrize("override", ["rewards={a", "name.x=3", "seed=[1, 2"])
+def test_an_override_that_cannot_be_written_is_refused(refused, recipe, override):
+    assert repr(override) in refused("train", recipe(), override)
+
+
+# Files
+
+
+def test_a_missing_recipe_is_refused_with_the_nearest_one(refused, recipe):
+    assert "did you mean crd-micro" in refused("train", "crd-mirco")
+    assert "no/such.yaml" in refused("train", "no/such.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "name: a\nname: b\n", "name: [\n", "\tname: a\n"])
+def test_a_recipe_that_is_no_mapping_is_refused_with_its_line(refused, recipe, tmp_path, text):
+    assert "bad.yaml, line " in refused("train", write(tmp_path / "bad.yaml", text))
+
+
+def test_an_incomplete_recipe_is_refused_with_what_is_missing(refused, recipe, tmp_path):
+    assert "method" in refused("train", write(tmp_path / "bad.yaml", "name: a\ntraining: {max_train_steps: 1}\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("none.txt", None, "do not exist"),
+        ("empty.txt", "", "is empty"),
+        ("blank.txt", "\n  \n\n", "is empty"),
+        ("prompts.csv", "a,b\n", "'.csv'"),
+        ("bad.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "line 3 is not JSON"),
+        ("bad.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2 has no text under 'prompt'"),
+        ("bad.jsonl", '{"promt": "a"}\n', "line 1 has no text under 'prompt'"),
+        ("bad.jsonl", '{"prompt": ""}\n', "line 1 has no text under 'prompt'"),
+        ("folder", "", "do not exist"),
+    ],
+)
+@pytest.mark.parametrize("key", ["data.prompts", "evaluation.suite"])
+def test_a_prompt_file_that_cannot_be_used_is_refused_with_its_line(refused, recipe, tmp_path, key, name, text, says):
+    if name == "folder":
+        (tmp_path / name).mkdir()
+    elif text is not None:
+        write(tmp_path / name, text)
+    assert says in refused("train", recipe(), f"{key}={name}")
+
+
+def test_latin_1_prompts_are_refused(refused, recipe, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("un café\n".encode("latin-1"))
+    assert "UTF-8" in refused("train", recipe(), "data.prompts=latin.txt")
+
+
+def test_a_folder_of_prompts_without_a_test_file_is_refused_if_pictures_of_it_are_wanted(refused, recipe, tmp_path):
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "train.txt", "a dog\na cat\n")
+    assert "test" in refused("train", recipe(), "data.prompts=folder")
+
+
+# Rewards
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("none.py:brightness", "there is no file"),
+        ("reward.py:brightnes", "'brightnes' is missing"),
+        ("reward.py", "unknown"),
+        ("reward.py:", "expected 'package.module:function'"),
+        ("broken.py:f", "No module named 'no_such_module'"),
+        ("syntax.py:f", "SyntaxError"),
+        ("number.py:f", "name a function"),
+        ("signature.py:f", "images, prompts, metadata"),
+        ("no_such_package.rewards:f", "No module named"),
+        ("genevall", "did you mean 'geneval'"),
+        ("pickscore", "unknown"),
+    ],
+)
+def test_a_reward_that_cannot_be_had_is_refused(refused, recipe, tmp_path, name, says):
+    write(tmp_path / "broken.py", "import no_such_module\n")
+    write(tmp_path / "syntax.py", "def f(:\n")
+    write(tmp_path / "number.py", "f = 3\n")
+    write(tmp_path / "signature.py", "def f(x, y):\n    return 0\n")
+    sentence = refused("train", recipe(rewards={name: 1.0}))
+    assert repr(name) in sentence
+    assert says in sentence
+
+
+@pytest.mark.parametrize("rewards", [{}, {"reward.py:brightness": 0.0}])
+def test_a_recipe_that_trains_on_nothing_is_refused(refused, recipe, rewards):
+    assert "reward" in refused("train", recipe(rewards=rewards))
+
+
+def test_the_advice_for_a_recipe_without_reward_can_be_followed(refused, recipe):
+    advice = refused("train", recipe(rewards={})).split("for example ")[1].rstrip(".").replace("'", "")
+    config = load_config(str(recipe(rewards={})), [advice])
+    assert config.rewards == {"path/to/file.py:function": 1.0}
+
+
+@pytest.mark.parametrize("name", ["geneval", "geneval-strict", "recognizer"])
+def test_prompts_without_facts_are_refused_for_a_reward_that_needs_them(refused, recipe, name):
+    sentence = refused("train", recipe(rewards={name: 1.0}))
+    assert "needs facts" in sentence
+    assert "prompts.txt, line 1" in sentence
+
+
+def test_facts_about_another_world_are_refused(refused, recipe, tmp_path):
+    line = {"prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+    write(tmp_path / "photos.jsonl", json.dumps(line) + "\n")
+    assert "no 'dog' (photos.jsonl, line 1)" in refused(
+        "train", recipe(rewards={"geneval": 1.0}), "data.prompts=photos.jsonl"
+    )
+
+
+def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
+    sentence = refused("train", recipe(rewards={"geneval": 1.0}), "data.prompts=blocks", "evaluation.suite=prompts.txt")
+    assert "prompts.txt, line 1" in sentence
+
+
+# Models and adapters
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("no/such/folder", "no folder"),
+        ("folder", "has no model_index.json"),
+        ("other", "is a StableDiffusionPipeline; trimtab supports StableDiffusion3Pipeline"),
+        ("damaged", "is not JSON"),
+        ("somebody/model", "not to be had from the hub"),
+    ],
+)
+def test_a_model_that_is_missing_or_of_another_kind_is_refused(refused, recipe, tmp_path, monkeypatch, command, model, says):
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    if model == "somebody/model":
+        monkeypatch.setattr(loading, "hf_hub_download", offline)
+    for name, index in (("folder", None), ("other", '{"_class_name": "StableDiffusionPipeline"}'), ("damaged", "{")):
+        (tmp_path / name).mkdir()
+        if index:
+            write(tmp_path / name / "model_index.json", index)
+    words = {
+        "train": ["train", recipe(), f"model.pretrained_model_name_or_path={model}"],
+        "sample": ["sample", model, "-p", "a dog"],
+        "evaluate": ["evaluate", model, "--suite", "prompts.txt"],
+    }
+    assert says in refused(*words[command])
+
+
+def test_an_adapter_of_another_model_is_refused(refused, recipe, tmp_path, tiny_folder):
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    write_adapter(tmp_path / "wide", {f"{name}.lora_A.weight": (4, 999), f"{name}.lora_B.weight": (999, 4)})
+    write_adapter(tmp_path / "deep", {f"{name.replace('0', '23')}.lora_A.weight": (4, 32)})
+    for adapter in ("wide", "deep"):
+        for words in (["sample", tiny_folder, "-p", "a dog"], ["evaluate", tiny_folder, "--suite", "prompts.txt"]):
+            assert "belongs to another model" in refused(*words, "--adapter", adapter)
+
+
+def write_adapter(folder, shapes):
+    folder.mkdir()
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / loading.LORA_FILE)
+
+
+def test_a_folder_without_an_adapter_is_refused(refused, recipe, tiny_folder):
+    assert loading.LORA_FILE in refused("sample", tiny_folder, "-p", "a dog", "--adapter", ".")
+
+
+def test_a_lora_target_that_the_network_lacks_is_refused_and_leaves_no_run_behind(cli, recipe, tmp_path):
+    # Only the network knows its modules, so weights do load here.
+    code, _, stderr = cli("train", recipe(), "model.target_modules=[to_z]")
+    assert code == 2
+    assert stderr.count("\n") == 1
+    assert "LoRA target 'to_z' names no module; choose from" in stderr
+    assert not (tmp_path / "runs" / "mine" / "config.yaml").exists()  # else the mended recipe could not start
+
+
+# Run folders
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(refused, recipe):
+    a_run(recipe())
+    assert "--resume" in refused("train", recipe())
+
+
+@pytest.mark.parametrize("override", ["seed=7", "rollout.group_size=6", "optimizer.learning_rate=1e-3", "method.crd_beta=2"])
+def test_resuming_with_another_configuration_is_refused(refused, recipe, override):
+    a_run(recipe())
+    assert override.split("=")[0] in refused("train", recipe(), override, "--resume")
+
+
+def a_run(path):
+    """The folder of a run that has begun with the recipe at `path`."""
+    folder = Path("runs") / "mine"
+    folder.mkdir(parents=True)
+    write(folder / "config.yaml", dump_config(path))
+
+
+def dump_config(path):
+    from trimtab.config import dump
+
+    return dump(load_config(str(path)))
+
+
+def test_a_folder_that_another_process_holds_is_refused_with_its_number(refused, recipe, tmp_path):
+    holder = "import sys; from trimtab.files import lock\nwith lock('runs/mine'): print('held', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        assert f"in use by process {process.pid}" in refused("train", recipe())
+    finally:
+        process.communicate("")
+    with lock("runs/mine"):
+        pass  # and it is free again
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(refused, recipe, tmp_path):
+    write(tmp_path / "file", "")
+    assert "file" in refused("train", recipe(), "output_dir=file")
+
+
+def test_prompts_that_cannot_be_shared_by_the_processes_are_refused(refused, recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "2 prompts can't be shared by 4 processes" in refused("train", recipe())
+
+
+# The command line itself
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trian", "crd-micro"], "trian"),
+        (["train"], "recipe"),
+        (["train", "crd-micro", "--resmue"], "--resmue"),
+        (["sample", "micro"], "--prompt"),
+        (["sample", "micro", "-p", "a", "--guidance-scale", "-1"], "--guidance-scale"),
+        (["sample", "micro", "-p", "a", "--num-images", "0"], "--num-images"),
+        (["evaluate", "micro", "--num-inference-steps", "many"], "--num-inference-steps"),
+        (["evaluate", "micro", "--suite", "nowhere"], "'nowhere' do not exist"),
+        (["evaluate", "micro", "--reward", "clipp"], "reward 'clipp' is unknown"),
+        (["evaluate", "micro", "--mixed-precision", "fp8"], "'fp8' is unknown; give no or bf16"),
+        (["sample", "micro", "-p", "a", "--mixed-precision", "half"], "'half' is unknown; give no or bf16"),
+        (["report", "nowhere"], "nowhere"),
+        (["bench", "pretrain-micro"], "pre-training"),
+        (["bench", "nothing"], "no recipe"),
+    ],
+)
+def test_a_command_that_makes_no_sense_is_refused(refused, recipe, words, says):
+    assert says in refused(*words)
+
+
+def test_a_real_process_says_one_sentence_and_no_traceback(recipe, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab", "train", str(recipe()), "rollout.group_sise=3"],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("trimtab: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_a_command_the_help_is_shown_and_nothing_else(cli):
+    code, stdout, stderr = cli()
+    assert code == 2
+    assert "recipes" in stdout
+    assert stderr == ""
+
+
+# Recipes
+
+
+def test_recipes_lists_every_recipe_with_a_line_about_it(cli):
+    code, stdout, _ = cli("recipes")
+    assert code == 0
+    assert NAMES
+    for name in NAMES:
+        assert len(next(line for line in stdout.splitlines() if line.split()[:1] == [name])) > len(name) + 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_is_sound_and_named_after_its_file(name):
+    assert load_config(name).name == name
+    assert load_config(str(RECIPES / f"{name}.yaml")) == load_config(name)

@@ -1,0 +1,175 @@
+"""Evaluation: equal calls write equal bytes, means by hand, and any picture can be made again."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trimtab import evaluate, run
+from trimtab.batch import Prompts
+from trimtab.evaluate import Setting
+from trimtab.worlds import blocks
+
+QUIET = SimpleNamespace(note=lambda text: None, progress=lambda *args: None)
+NAN = float("nan")
+LINES = [
+    content | {"prompt": f"a photo of {blocks.phrase(content)}"}
+    for content in (
+        blocks.contents("single_object")[0],
+        blocks.contents("single_object")[4],
+        blocks.contents("colors")[9],
+    )
+]
+PROMPTS = Prompts(tuple(line["prompt"] for line in LINES), tuple(LINES), (0, 1, 2))
+SETTING = Setting(suite="blocks", images_per_prompt=2, num_inference_steps=2, guidance_scale=2.0, seed=30)
+
+
+@pytest.fixture(scope="module")
+def face(tiny):
+    return tiny()
+
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+def test_the_same_call_twice_writes_the_same_bytes(face, tmp_path):
+    for name in ("one", "two"):
+        evaluate.evaluate(
+            face, "default", PROMPTS, SETTING, tmp_path / name, rewards={"mine": brightness}, reference="ref"
+        )
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) == 6 + 3 + 2  # pictures, facts, rows and results
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_a_picture_can_be_made_again_from_its_row(face, tiny_folder, tmp_path):
+    evaluate.evaluate(face, "default", PROMPTS, SETTING, tmp_path)
+    rows = [json.loads(text) for text in (tmp_path / "images.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [30, 31, 32, 33, 34, 35]
+    row = rows[3]
+    how = {"num_inference_steps": 2, "guidance_scale": 2.0, "seed": row["seed"]}
+    (file,) = run.sample(str(tiny_folder), None, [row["prompt"]], tmp_path / "again", QUIET, **how)
+    again, first = (np.asarray(Image.open(path), dtype=int) for path in (file, tmp_path / row["file"]))
+    assert np.abs(again - first).max() <= 1
+    assert np.abs(first - np.asarray(Image.open(tmp_path / rows[2]["file"]), dtype=int)).max() > 8
+
+
+def test_pictures_do_not_depend_on_the_batch_size(face):
+    group, seeds = torch.tensor([0, 0, 1, 1, 2, 2]), list(range(6))
+    pictures = [
+        evaluate.generate(face, "default", PROMPTS, group, seeds, Setting("", 2, 2, batch_size=size))[0]
+        for size in (4, 64)
+    ]
+    assert (pictures[0] - pictures[1]).abs().max() < 1e-3
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The pictures to judge: scenes of the three prompts, true, true / true, blank / blank, false."""
+    rng = np.random.default_rng(0)
+    of = [blocks.scene(line, rng) for line in (LINES[0], LINES[0], LINES[1], LINES[1], LINES[2], LINES[1])]
+    pictures = blocks.draw(of)
+    pictures[[3, 4]] = 1.0
+    monkeypatch.setattr(evaluate, "generate", lambda *args: (pictures, torch.zeros(6, 8, 8, 8)))
+    return pictures
+
+
+def results(tmp_path, **kwargs):
+    written = evaluate.evaluate(None, "default", PROMPTS, SETTING, tmp_path, **kwargs)
+    assert written == json.loads((tmp_path / "results.json").read_text())
+    rows = [json.loads(text) for text in (tmp_path / "images.jsonl").read_text().splitlines()]
+    return written, rows
+
+
+@pytest.mark.usefixtures("drawn")
+def test_means_of_tags_by_hand_and_overall_is_their_mean(tmp_path):
+    written, rows = results(tmp_path)
+    # single_object: 3 of 4; colors: 0 of 2; overall (3/4 + 0) / 2
+    strict = written["scores"]["strict"]
+    assert {tag: score["mean"] for tag, score in strict["tags"].items()} == {"single_object": 0.75, "colors": 0.0}
+    assert strict["overall"]["mean"] == 0.375
+    assert [score["num_images"] for score in strict["tags"].values()] == [4, 2]
+    assert [row["strict"] for row in rows] == [1, 1, 1, 0, 0, 0]
+    assert [bool(row["reason"]) for row in rows] == [False, False, False, True, True, True]
+    assert strict["tags"]["colors"]["low"] is None  # one prompt says nothing about others
+
+
+@pytest.mark.usefixtures("drawn")
+def test_rows_tell_prompt_sibling_seed_and_file(tmp_path):
+    _, rows = results(tmp_path)
+    assert [(row["prompt_index"], row["sibling"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert rows[3]["prompt"] == PROMPTS.text[1]
+    assert rows[3]["file"] == "images/00001/samples/0001.png"
+    assert json.loads((tmp_path / "images/00001/metadata.jsonl").read_text()) == LINES[1]
+
+
+def test_a_picture_file_holds_the_picture(drawn, tmp_path):
+    _, rows = results(tmp_path)
+    for row, picture in zip(rows, drawn, strict=True):
+        saved = np.asarray(Image.open(tmp_path / row["file"]), dtype=float) / 255
+        assert np.abs(saved - picture.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.usefixtures("drawn")
+def test_missing_scores_are_left_out_of_the_means_and_counted(tmp_path):
+    rewards = {
+        "some": lambda *args: torch.tensor([1.0, NAN, 4.0, 4.0, 2.0, NAN]),
+        "none": lambda *args: torch.full((6,), NAN),
+    }
+    written, rows = results(tmp_path, rewards=rewards)
+    some, none = written["scores"]["some"], written["scores"]["none"]
+    assert (some["tags"]["single_object"]["mean"], some["tags"]["colors"]["mean"]) == (3.0, 2.0)
+    assert (some["overall"]["mean"], some["num_missing"]) == (2.5, 2)
+    assert (none["overall"]["mean"], none["num_missing"], none["tags"]) == (None, 6, {})
+    assert [row["some"] for row in rows] == [1, None, 4, 4, 2, None]
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_suite_without_facts_is_scored_by_what_it_is_given(tmp_path):
+    plain = Prompts(PROMPTS.text, ({}, {}, {}), (0, 1, 2))
+    written = evaluate.evaluate(None, "default", plain, SETTING, tmp_path, rewards={"mine": brightness})
+    assert set(written["scores"]) == {"mine"}
+    assert set(written["scores"]["mine"]["tags"]) == {"all"}
+    assert "frechet_distance" not in written
+    assert set(written["image_statistics"]) >= {"brightness", "saturation"}
+
+
+@pytest.mark.usefixtures("drawn")
+def test_true_scenes_lie_nearer_to_real_ones_than_blank_pictures(tmp_path, monkeypatch):
+    rng = np.random.default_rng(3)
+    real, _ = results(tmp_path / "drawn")
+    scenes = blocks.draw([blocks.scene(LINES[i // 2], rng) for i in range(6)])
+    monkeypatch.setattr(evaluate, "generate", lambda *args: (scenes, None))
+    better, _ = results(tmp_path / "true")
+    assert better["frechet_distance"] < real["frechet_distance"]
+
+
+def test_a_role_does_not_drift_from_itself_and_its_drift_is_that_of_its_field(tiny):
+    # Fields that differ by c everywhere are c^2 apart, whatever the samples and times.
+    face, group, latents = tiny(), torch.tensor([0, 0, 1]), torch.randn(3, 8, 8, 8)
+    assert evaluate.drift(face, "default", "ref", latents, PROMPTS, group, SETTING) == 0
+    predict = face.predict
+
+    def moved(x_t, t, condition, role):
+        prediction = predict(x_t, t, condition, role)
+        return prediction if role == "ref" else SimpleNamespace(flow=prediction.flow + 0.3)
+
+    face.predict = moved
+    drift = evaluate.drift(face, "default", "ref", latents, PROMPTS, group, SETTING)
+    assert drift == pytest.approx(0.09, rel=1e-4)
+
+
+@pytest.mark.usefixtures("drawn")
+def test_the_table_has_a_column_for_each_evaluation_and_blanks_where_one_has_no_number(tmp_path):
+    full, _ = results(tmp_path)
+    bare = {"scores": {}}
+    header, *rows = evaluate.table({"base": full, "other": bare})
+    assert header == ["", "base", "other"]
+    assert [row[0] for row in rows][:3] == ["strict, single object", "strict, colors", "strict, overall"]
+    assert rows[0][1].startswith("0.750 [")
+    assert all(row[2] == "" for row in rows)

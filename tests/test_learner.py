@@ -1,0 +1,221 @@
+"""The loop: where gradients land, how terms add up, what is skipped, and that a resume is exact."""
+
+import copy
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from trimtab.learner import Learner
+from trimtab.method import Loss
+from trimtab.optimizer import OptimizerConfig, lr_factor
+
+
+def line(seed):
+    torch.manual_seed(seed)
+    return nn.Linear(3, 2)
+
+
+@dataclass
+class Toy:
+    """Two networks; `terms(networks, batch)` says what a batch, (8, 3) numbers seeded by its place, is worth."""
+
+    terms: object
+    networks: dict = field(default_factory=lambda: {"a": line(0), "b": line(1)})
+    batches_per_step: int = 2
+    average: nn.Module = field(default_factory=lambda: line(2))  # a slow copy of network a
+
+    def trained(self):
+        return self.networks
+
+    def state(self):
+        return {"average": self.average}
+
+    def collect(self, step):
+        for number in range(self.batches_per_step):
+            yield torch.randn(8, 3, generator=torch.Generator().manual_seed(10 * step + number))
+
+    def losses(self, batch):
+        yield from self.terms(self.networks, batch)
+
+    @torch.no_grad()
+    def after_step(self, step):
+        for slow, fast in zip(self.average.parameters(), self.networks["a"].parameters(), strict=True):
+            slow.lerp_(fast, 0.1)
+        return {"slow": self.average.bias.sum().item()}
+
+
+def both(networks, batch):
+    """Depends on both networks."""
+    return (networks["a"](batch) + 2 * networks["b"](batch)).square().mean()
+
+
+def learner(terms, num_steps=3, networks=None, **config):
+    config = OptimizerConfig(**{"learning_rate": 0.01} | config)
+    toy = Toy(terms) if networks is None else Toy(terms, networks)
+    return Learner(toy, Accelerator(cpu=True), config, num_steps)
+
+
+def weights(learner, name):
+    return torch.cat([p.detach().flatten().clone() for p in learner.parameters[name].values()])
+
+
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+# Gradients
+
+
+def test_a_loss_changes_only_the_network_that_it_names():
+    trainer = learner(lambda networks, batch: [Loss("a", both(networks, batch))])
+    before = {name: weights(trainer, name) for name in ("a", "b")}
+    list(trainer.run())
+    assert (weights(trainer, "a") != before["a"]).all()
+    assert torch.equal(weights(trainer, "b"), before["b"])
+    assert all(p.grad is None for p in trainer.parameters["b"].values())
+
+
+def test_two_networks_each_follow_their_own_loss():
+    def terms(networks, batch):
+        yield Loss("a", both(networks, batch))
+        yield Loss("b", networks["b"](batch).square().mean() + 0 * both(networks, batch))
+
+    def only_b(networks, batch):
+        yield Loss("b", networks["b"](batch).square().mean())
+
+    together, alone = learner(terms), learner(only_b)
+    list(together.run())
+    list(alone.run())
+    assert gap(weights(together, "b"), weights(alone, "b")) < 1e-7
+
+
+def test_the_terms_of_a_batch_add_up_to_the_whole():
+    def whole(networks, batch):
+        yield Loss("a", both(networks, batch))
+
+    def parts(networks, batch):
+        for part in batch.split([3, 3, 2]):
+            yield Loss("a", both(networks, part) * len(part) / len(batch))
+
+    one, many = learner(whole), learner(parts)
+    records = [list(trainer.run()) for trainer in (one, many)]
+    assert gap(weights(one, "a"), weights(many, "a")) < 1e-6
+    for key in ("loss/a", "grad_norm/a"):
+        first, second = ([record.metrics[key] for record in each] for each in records)
+        assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_the_first_update_of_adam_by_hand():
+    # Without weight decay Adam's first step is the learning rate against the sign of the gradient, clipped or not.
+    trainer = learner(lambda n, batch: [Loss("a", both(n, batch))], num_steps=1, adam_weight_decay=0.0)
+    trainer.method.batches_per_step = 1
+    before = weights(trainer, "a")
+    loss = both(trainer.method.networks, next(iter(trainer.method.collect(0))))
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer.parameters["a"].values())])
+    (record,) = trainer.run()
+    assert gap(weights(trainer, "a"), before - 0.01 * gradient.sign()) < 1e-6
+    assert record.metrics["grad_norm/a"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    assert record.metrics["loss/a"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad):
+    calls = []
+
+    def terms(networks, batch):
+        calls.append(None)
+        yield Loss("a", both(networks, batch) * (bad if len(calls) == 2 else 1.0))
+
+    trainer, seen = learner(terms), []
+    for record in trainer.run():
+        seen.append(record.metrics["skipped_updates/a"])
+        assert weights(trainer, "a").isfinite().all()
+    assert seen == [1, 0, 0]
+    assert record.metrics["updates"] == 6
+
+
+def test_a_skipped_update_leaves_the_weights_as_they_were():
+    trainer = learner(lambda networks, batch: [Loss("a", both(networks, batch) * float("nan"))])
+    before = weights(trainer, "a")
+    list(trainer.run())
+    assert torch.equal(weights(trainer, "a"), before)
+
+
+# The learning rate
+
+
+def test_the_learning_rate_by_hand():
+    warm = OptimizerConfig(lr_warmup_steps=3)
+    assert [lr_factor(warm, step, 10) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    cosine = OptimizerConfig(lr_scheduler="cosine")
+    assert [lr_factor(cosine, step, 4) for step in (0, 2, 4)] == pytest.approx([1.0, 0.5, 0.0])
+    assert lr_factor(cosine, 1, 4) == pytest.approx((1 + 0.5**0.5) / 2)
+    late = OptimizerConfig(lr_scheduler="cosine", lr_warmup_steps=2)
+    # a third and two thirds of the way up, then a half cosine over the six steps that are left
+    assert [lr_factor(late, step, 8) for step in (0, 1, 2, 5, 8)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5, 0.0])
+    assert [lr_factor(OptimizerConfig(), step, 10) for step in (0, 9)] == [1.0, 1.0]
+
+
+def test_the_optimizers_use_that_learning_rate():
+    trainer = learner(lambda n, batch: [Loss("a", both(n, batch))], num_steps=4, lr_warmup_steps=3)
+    assert [record.metrics["lr/a"] for record in trainer.run()] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert trainer.optimizers["a"].param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+# The record and the state
+
+
+def test_a_record_averages_metrics_over_the_terms_and_counts_updates():
+    def terms(networks, batch):
+        for value in (1.0, 4.0):
+            yield Loss("a", both(networks, batch) / 2, {"kl": torch.tensor(value)})
+
+    records = list(learner(terms).run())
+    assert [record.step for record in records] == [1, 2, 3]
+    assert [record.metrics["updates"] for record in records] == [2, 4, 6]
+    assert all(record.metrics["kl"] == 2.5 for record in records)
+    assert all(isinstance(value, int | float) for value in records[0].metrics.values())
+    assert {"slow", "seconds/collect", "seconds/forward", "seconds/backward", "seconds/step"} <= set(records[0].metrics)
+
+
+def test_a_single_network_needs_no_suffix():
+    trainer = learner(lambda n, batch: [Loss("only", n["only"](batch).square().mean())], networks={"only": line(0)})
+    trainer.method.after_step = lambda step: {}
+    (record, *_) = trainer.run()
+    assert {"loss", "grad_norm", "lr", "skipped_updates"} <= set(record.metrics)
+
+
+def alternating(networks, batch):
+    yield Loss("a", both(networks, batch))
+    yield Loss("b", networks["b"](batch).exp().mean())
+
+
+def test_a_resumed_run_ends_in_the_same_bits():
+    how = {"num_steps": 6, "lr_scheduler": "cosine", "lr_warmup_steps": 2}
+    straight = learner(alternating, **how)
+    expected = [record.metrics for record in straight.run()]
+    interrupted = learner(alternating, **how)
+    steps = interrupted.run()
+    for _ in range(3):
+        next(steps)
+    state = copy.deepcopy(interrupted.state())
+    resumed = learner(alternating, **how, networks={"a": line(8), "b": line(9)})
+    resumed.load_state(state)
+    metrics = [record.metrics for record in resumed.run()]
+    for name in ("a", "b"):
+        assert torch.equal(weights(resumed, name), weights(straight, name))
+    assert torch.equal(resumed.method.average.weight, straight.method.average.weight)
+    assert (resumed.step, resumed.updates) == (6, 12)
+    same = [{k: v for k, v in each.items() if not k.startswith("seconds/")} for each in (*expected[3:], *metrics)]
+    assert same[:3] == same[3:]
+
+
+def test_only_parameters_that_want_a_gradient_are_trained_and_there_must_be_one():
+    partly = line(0)
+    partly.bias.requires_grad_(False)
+    assert set(learner(both, networks={"a": partly}).parameters["a"]) == {"weight"}
+    with pytest.raises(ValueError, match="nothing to train: no parameter of Linear requires grad"):
+        learner(both, networks={"a": line(0).requires_grad_(False)})

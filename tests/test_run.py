@@ -1,0 +1,429 @@
+"""A recipe becomes a run folder; a run that is killed and resumed is the run that was not."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trimtab import checkpoint, run
+from trimtab.cli import main
+from trimtab.learner import Learner
+from trimtab.rewards.composite import Composite
+
+REWARD = """
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3)).tolist()
+
+def weighted(prompts, images, weight):
+    return [w * image.convert("L").getpixel((5, 5)) for w, image in zip(weight, images)]
+"""
+CLOCK = ("seconds/", "elapsed_seconds", "images_per_second")  # what differs between two equal runs
+STEPS = 4
+
+
+class Silent:
+    def note(self, text):
+        pass
+
+    def progress(self, what, done, total, numbers=""):
+        pass
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working folder with a reward file and prompts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "prompts.txt").write_text("a photo of a red circle\na photo of two stars\n")
+    lines = [{"prompt": "one", "weight": 0.25}, {"prompt": "two", "weight": 0.5}, {"prompt": "three", "weight": 1.0}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(workplace, tiny_folder):
+    """Writes a recipe for the tiny model: 2 prompts x 4 siblings; keywords change whole sections' keys."""
+
+    def write(**changes):
+        data = {
+            "name": "mine",
+            "seed": 3,
+            "method": {"name": "crd", "num_train_times": 2, "kl_cfg": 2.0},
+            "model": {
+                "pretrained_model_name_or_path": str(tiny_folder), "rank": 2, "lora_alpha": 4, "mixed_precision": "no"
+            },
+            "data": {"prompts": "prompts.txt"},
+            "rewards": {"reward.py:brightness": 1.0},
+            "rollout": {"num_prompts": 2, "group_size": 4, "num_inference_steps": 2},
+            "optimizer": {"learning_rate": 1e-2},
+            "training": {
+                "max_train_steps": STEPS, "train_batch_size": 8, "checkpointing_steps": 1,
+                "validation_steps": 2, "num_validation_prompts": 2,
+            },
+        }  # fmt: skip
+        for section, change in changes.items():
+            replaces = section in ("method", "rewards", "evaluation") or not isinstance(change, dict)
+            data[section] = change if replaces else data[section] | change
+        path = workplace / "mine.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs `trimtab ...` in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["trimtab", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def metrics(folder="runs/mine"):
+    """metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
+
+
+def weights(folder="runs/mine"):
+    """Everything that the export and the last checkpoint hold, as bytes."""
+    folder = Path(folder)
+    files = [*folder.glob("export/*.safetensors"), checkpoint.latest(folder) / "state.safetensors"]
+    return {
+        (file.parent.name, file.name, name): tensor.numpy().tobytes()
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+
+
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+# What a run leaves behind
+
+
+def test_a_run_leaves_all_that_it_promises_and_resuming_it_only_prints_the_results(recipe, cli):
+    suite = {"suite": "prompts.txt", "images_per_prompt": 2, "num_inference_steps": 2, "base_guidance_scale": 2.0}
+    path = recipe(evaluation=suite, training={"max_train_steps": 3})
+    code, stdout, stderr = cli("train", path)
+    assert (code, stderr) == (0, "")
+    assert "report.html" in stdout
+    folder = Path("runs/mine")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["rollout"]["group_size"] == 4
+    assert config["optimizer"]["adam_beta2"] == 0.999  # defaults are written, too
+    assert config["command"] == f"trimtab train {path}"
+    assert set(config["versions"]) >= {"torch", "diffusers", "trimtab"}
+    assert_metrics(metrics(), (folder / "metrics.jsonl").read_text())
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("reward")] == [1, 2, 3]
+    assert {file.name for file in (folder / "samples").iterdir()} == {f"step-00000{n}.png" for n in (0, 2, 3)}
+    assert {file.name for file in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}  # the last two
+    exported = {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"}
+    assert {file.name for file in (folder / "export").iterdir()} >= exported
+    for label in ("base", "base-guided", "trained"):
+        results = json.loads((folder / "evaluation" / label / "results.json").read_text())
+        assert results["num_images"] == 4
+        assert {"strict", "reward.py:brightness"} <= set(results["scores"])
+    assert "</html>" in (folder / "report.html").read_text()
+
+    before = weights(), metrics(), (folder / "evaluation/trained/results.json").read_bytes()
+    code, again, _ = cli("train", path, "--resume")
+    assert code == 0
+    assert "trained" in again
+    assert "strict" in again
+    assert (weights(), metrics(), (folder / "evaluation/trained/results.json").read_bytes()) == before
+
+
+def assert_metrics(lines, text):
+    named = {
+        "step", "reward", "reward_std", "rewards/reward.py:brightness/mean", "frac_reward_zero_std", "kl", "loss",
+        "grad_norm", "lr", "failed/reward.py:brightness",
+    }  # fmt: skip
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(named <= set(line) for line in lines)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert all(f'"{key}' in text for key in ("seconds/sampling", "seconds/rewards", "seconds/backward", *CLOCK))
+
+
+def test_a_method_whose_log_ratio_is_measured_against_the_old_policy_starts_at_none(recipe):
+    # At the first update theta is old, bit for bit, although one was evaluated with gradient: q is exactly 0. The first
+    # of two updates is half of the step's mean, so look at a run with one.
+    path = recipe(method={"name": "crd", "num_train_times": 2, "updates_per_step": 1}, training={"max_train_steps": 1})
+    run.train(run.load_config(str(path)), Silent())
+    assert metrics()[0]["implicit_reward_std"] == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_diffusion_nft_recipe_runs(recipe, precision):
+    path = recipe(method={"name": "diffusion-nft", "num_train_times": 2}, model={"mixed_precision": precision})
+    run.train(run.load_config(str(path)), Silent())
+    assert [line["step"] for line in metrics()] == list(range(1, STEPS + 1))
+    assert metrics()[0]["old_deviate"] == 0
+    assert metrics()[-1]["old_deviate"] > 0
+
+
+def test_full_fine_tuning_exports_a_pipeline_whose_weights_have_moved(recipe, tiny_folder):
+    path = recipe(model={"finetune_type": "full"}, optimizer={"learning_rate": 1e-4}, training={"max_train_steps": 2})
+    run.train(run.load_config(str(path)), Silent())
+    before, after = (
+        SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer").state_dict()
+        for folder in (tiny_folder, "runs/mine/export")
+    )
+    assert 1e-6 < max(gap(before[name], after[name]) for name in before) < 1e-2
+    assert json.loads(Path("runs/mine/export/model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline"
+
+
+def test_lines_of_jsonl_reach_a_reward_as_columns(recipe):
+    path = recipe(data={"prompts": "prompts.jsonl"}, rewards={"reward.py:weighted": 1.0})
+    run.train(run.load_config(str(path), ["rollout.num_prompts=3", "training.max_train_steps=1"]), Silent())
+    assert metrics()[0]["images"] == 12
+    assert metrics()[0]["rewards/reward.py:weighted/mean"] > 0
+
+
+def test_a_run_that_cannot_start_leaves_its_name_free(recipe):
+    path = recipe(training={"max_train_steps": 1})
+    with pytest.raises(run.UserError, match="to_z"):
+        run.train(run.load_config(str(path), ["model.target_modules=[to_z]"]), Silent())
+    run.train(run.load_config(str(path)), Silent())
+
+
+# Kill and resume
+
+
+def go(recipe, die=None):
+    """In a process of its own: the run, resumed if there is one; with `die` it kills itself in the middle of a save."""
+    torch.set_num_threads(1)
+    if die is not None:
+        _die_in(*die)
+    run.train(run.load_config(recipe), Silent(), resume=True)
+
+
+def _die_in(name, number):
+    """SIGKILL instead of the `number`-th call of one of checkpoint's functions."""
+    function, calls = getattr(checkpoint, name), iter(range(1, 1000))
+
+    def counted(*args):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+
+    setattr(checkpoint, name, counted)
+
+
+@pytest.fixture(scope="module")
+def spawned():
+    """Starts `go` in a new process, forked from one that has imported trimtab and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trimtab.run"])
+
+    def start(*args):
+        process = context.Process(target=go, args=args)
+        process.start()
+        return process
+
+    return start
+
+
+def finished(spawned, path):
+    process = spawned(str(path))
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("method", ["crd", "diffusion-nft"])
+def test_killed_and_resumed_equals_not_killed_bit_for_bit(recipe, spawned, method):
+    path = recipe(method={"name": method, "num_train_times": 2}, name="whole")
+    started = time.perf_counter()
+    assert finished(spawned, path) == 0
+    seconds = time.perf_counter() - started
+
+    path = recipe(method={"name": method, "num_train_times": 2})
+    # While tensors are written (the first file of a save that goes to disk), before the tree is, and before the rename.
+    for die in [("to_disk", 1), ("atomic_write", 1), ("_put_in_place", 2), ("prune", 1)]:
+        process = spawned(str(path), die)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    delays = random.Random(0)
+    for _ in range(3):
+        process = spawned(str(path))
+        time.sleep(delays.uniform(0, seconds))
+        process.kill()
+        process.join()
+    assert finished(spawned, path) == 0
+    assert metrics("runs/mine") == metrics("runs/whole")
+    assert [line["step"] for line in metrics()] == list(range(1, STEPS + 1))
+    killed, whole = weights("runs/mine"), weights("runs/whole")
+    assert killed.keys() == whole.keys()
+    assert not [name for name in whole if killed[name] != whole[name]]
+
+
+# The same gradient, however it is computed
+
+
+@pytest.fixture
+def ready(recipe):
+    """Builds a method, its trained role moved away from the old one, so that no term is zero."""
+
+    def build(**method):
+        name = {} if "name" in method else {"name": "crd", "kl_cfg": 2.0}
+        config = run.load_config(str(recipe(method={"num_train_times": 2, **name, **method})))
+        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"advantage_std": "group"})})
+        prompts, rewards = run.check(config)
+        built = run.build(config, Path("unused"), Accelerator(cpu=True), prompts, rewards, Silent())
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in built.learner.parameters["default"].values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        return built.method
+
+    return build
+
+
+def gradient(method, rollout):
+    """All gradients of a batch as one vector."""
+    parameters = [p for p in method.trained()["default"].parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
+    for loss in method.losses(rollout):
+        for sum_, part in zip(total, torch.autograd.grad(loss.value, parameters), strict=True):
+            sum_ += part
+    return torch.cat([part.flatten() for part in total])
+
+
+def collected(method):
+    (rollout,) = method.collect(0)
+    return rollout
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"crd_loss_type": "bce"},
+        {"weight_temp": 0.5},
+        {"adaptive_logp": False, "reward_adaptive_kl": "off"},
+        {"name": "diffusion-nft"},
+    ],
+    ids=str,
+)
+def test_the_size_of_a_micro_batch_changes_no_gradient(ready, method):
+    own = ready(updates_per_step=1, **method)
+    rollout = collected(own)
+    whole, *others = (gradient(replace(own, batch_size=size), rollout) for size in (8, 4, 3, 1))
+    assert whole.abs().max() > 1e-4
+    for other in others:  # one group at a time, and groups in parts
+        assert gap(whole, other) < 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("weight_temp", [-1.0, 0.5])
+def test_a_constant_on_all_rewards_of_a_prompt_changes_no_gradient(ready, weight_temp):
+    # Powers of two, so that the sums are exact. The anchor follows the advantage: the raw reward would rightly matter.
+    method = ready(updates_per_step=1, reward_adaptive_kl="advantage", weight_temp=weight_temp)
+    scores = torch.tensor([1, 5, 2, 0, 3, 3, 7, 1]) / 8
+
+    def with_constants(*constants):
+        offset = torch.tensor(constants).repeat_interleave(4)
+        rewards = Composite({"fixed": (lambda images, prompts, metadata: scores + offset, 1.0)})
+        return replace(method, rollouts=replace(method.rollouts, rewards=rewards))
+
+    plain, moved = (gradient(own, collected(own)) for own in (with_constants(0.0, 0.0), with_constants(4.0, -16.0)))
+    assert plain.abs().max() > 1e-4
+    assert gap(plain, moved) < 1e-4 * plain.abs().max()
+
+
+# Rewards that fail
+
+ONCE = """
+calls = 0
+
+def f(images, prompts, metadata):
+    global calls
+    calls += 1
+    scores = images.mean((1, 2, 3)).tolist()
+    {trouble}
+    return scores
+"""
+# Call 1 is step 1. In step 2 the batch fails in call 2 and its pictures are asked one by one, in calls 3 to 10.
+RAISES = "if calls in (2, 5): raise ValueError('the scorer choked')"
+IS_NAN = "if calls == 2: scores[3] = float('nan')"
+
+
+@pytest.mark.parametrize("trouble", [RAISES, IS_NAN])
+def test_a_reward_that_fails_for_one_picture_costs_that_picture(recipe, workplace, trouble):
+    (workplace / "once.py").write_text(ONCE.format(trouble=trouble))
+    path = recipe(rewards={"once.py:f": 1.0}, training={"max_train_steps": 3})
+    run.train(run.load_config(str(path)), Silent())
+    assert [line["failed/once.py:f"] for line in metrics()] == [0, 1, 0]
+    assert all(math.isfinite(line["loss"]) for line in metrics())
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("if calls > 1: raise ValueError('no credit left')", "no credit left"),
+        ("if calls > 1: scores = [float('nan')] * len(scores)", "0 of 8 pictures were scored"),
+        ("if calls > 1: scores.pop()", "returned 7 scores for 8 images"),
+    ],
+)
+def test_a_reward_that_fails_for_all_stops_the_run_which_goes_on_once_it_is_mended(recipe, workplace, cli, trouble, says):
+    (workplace / "once.py").write_text(ONCE.format(trouble=trouble))
+    path = recipe(rewards={"once.py:f": 1.0}, training={"max_train_steps": 3, "checkpointing_steps": 100})
+    code, _, stderr = cli("train", path)
+    assert code == 1
+    assert stderr.startswith("trimtab: ")
+    assert stderr.count("\n") == 1
+    assert says in stderr
+    assert "step 1" in stderr
+    assert checkpoint.latest("runs/mine").name == "checkpoint-1"
+    (workplace / "once.py").write_text(ONCE.format(trouble=""))
+    code, stdout, _ = cli("train", path, "--resume")
+    assert code == 0
+    assert "resumed from" in stdout
+    assert [line["step"] for line in metrics()] == [1, 2, 3]
+
+
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(ready):
+    # Learner and rollouts together: one spoilt latent makes one update vanish, and nothing else.
+    method = ready()
+    learner = Learner(method, Accelerator(cpu=True), run.RunConfig.model_fields["optimizer"].default, 1)
+    collect = method.rollouts.collect
+
+    class Spoilt:
+        config = method.rollouts.config
+
+        def collect(self, step, role):
+            rollout, log = collect(step, role)
+            rollout.latents[0] = torch.nan
+            return rollout, log
+
+    learner.method = replace(method, rollouts=Spoilt())
+    before = {name: p.detach().clone() for name, p in learner.parameters["default"].items()}
+    (record,) = learner.run()
+    assert record.metrics["skipped_updates"] == 1
+    assert record.metrics["updates"] == 2
+    assert all(p.isfinite().all() for p in learner.parameters["default"].values())
+    assert max(gap(p.detach(), before[name]) for name, p in learner.parameters["default"].items()) > 0
