@@ -30,7 +30,7 @@ VARIANTS = {
     "no-cfg-in-anchor": ["method.kl_cfg=1"],
     "no-adaptive-strength": ["method.reward_adaptive_kl=off"],
     "diffusion-nft": [
-        "method={name: diffusion-nft, num_train_times: 3, updates_per_step: 2, time_sampling: stratified}",
+        "method={name: diffusion-nft, num_train_times: 2, updates_per_step: 2, time_sampling: stratified}",
     ],
 }
 COLUMNS = ("proxy", "gold", "official", "drift", "diversity", "frechet_distance")

@@ -18,6 +18,13 @@ from trimtab.pipelines.sd3 import SD3
 from trimtab.run import RECIPES, load_config
 
 REWARD = "def brightness(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+HOLDER = """
+import sys
+from trimtab.files import lock
+with lock("runs/mine"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -59,7 +66,7 @@ def refused(cli, monkeypatch):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch, tiny_folder):
-    """Writes a sound recipe for the tiny model, changed as told, and returns its path; the working folder is tmp_path."""
+    """Writes a sound recipe for the tiny model, with sections replaced, into the working folder, which is tmp_path."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reward.py").write_text(REWARD)
     (tmp_path / "prompts.txt").write_text("a red dog\na blue cat\n")
@@ -140,7 +147,7 @@ def test_a_value_of_the_wrong_type_or_out_of_range_is_refused_with_what_it_may_b
     assert says in sentence
 
 
-@pytest.mark.parametrize("schedule", ["75-0", "fast", "0-2-0-1", "0.5-0-0-1", "0-nan-0-1", "inf-0-0-1", "nan-0-0-1", ""])
+@pytest.mark.parametrize("schedule", ["75-0", "fast", "0-2-0-1", "0.5-0-0-1", "0-nan-0-1", "inf-0-0-1", "nan-0-0-1"])
 @pytest.mark.parametrize("key", ["old_model_decay", "sampling_model_decay"])
 def test_a_malformed_schedule_is_refused_with_an_example(refused, recipe, key, schedule):
     sentence = refused("train", recipe(), f"method.{key}='{schedule}'")
@@ -283,7 +290,7 @@ def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
         ("somebody/model", "not to be had from the hub"),
     ],
 )
-def test_a_model_that_is_missing_or_of_another_kind_is_refused(refused, recipe, tmp_path, monkeypatch, command, model, says):
+def test_a_model_that_is_no_pipeline_of_ours_is_refused(refused, recipe, tmp_path, monkeypatch, command, model, says):
     def offline(*args, **kwargs):
         raise LocalEntryNotFoundError("no network")
 
@@ -336,7 +343,7 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(refused, recipe):
     assert "--resume" in refused("train", recipe())
 
 
-@pytest.mark.parametrize("override", ["seed=7", "rollout.group_size=6", "optimizer.learning_rate=1e-3", "method.crd_beta=2"])
+@pytest.mark.parametrize("override", ["seed=7", "rollout.group_size=6", "optimizer.adam_beta1=0", "method.crd_beta=2"])
 def test_resuming_with_another_configuration_is_refused(refused, recipe, override):
     a_run(recipe())
     assert override.split("=")[0] in refused("train", recipe(), override, "--resume")
@@ -356,9 +363,8 @@ def dump_config(path):
 
 
 def test_a_folder_that_another_process_holds_is_refused_with_its_number(refused, recipe, tmp_path):
-    holder = "import sys; from trimtab.files import lock\nwith lock('runs/mine'): print('held', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
-        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
     )
     try:
         assert process.stdout.readline() == "held\n"

@@ -309,6 +309,7 @@ def test_anchor_by_hand():
 def test_anchor_moves_the_trained_field_only():
     v, v_ref, _, _ = fields()
     v_ref, s = v_ref.requires_grad_(), torch.rand(BATCH, dtype=torch.float64).requires_grad_()
+    assert not anchor_strength(0.1, s).requires_grad
     value = anchor_loss(v, v_ref, anchor_strength(0.1, s))
     by_v, by_ref, by_s = torch.autograd.grad(value, [v, v_ref, s], allow_unused=True)
     expected = anchor_strength(0.1, s)[:, None, None] * 2 * (v - v_ref) / DIM / BATCH

@@ -20,7 +20,7 @@ ROWS = [  # top row first; a row imports only from rows above it, or from itself
     {"rewards"},
     {"rollout", "forward"},
     {"methods"},
-    {"learner", "checkpoint"},
+    {"learner", "checkpoint", "log"},
     {"metrics"},
     {"evaluate"},
     {"report"},

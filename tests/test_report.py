@@ -418,6 +418,8 @@ def test_the_choice_goes_by_change_then_sibling_then_prompt_number():
     chosen = pictures.choose(outcome, dict.fromkeys(outcome, "tag"))
     assert [key[3] for key in chosen] == ["c", "b", "a", "d", "e"]
     assert list(pictures.choose(dict(reversed(outcome.items())), dict.fromkeys(outcome, "tag"))) == list(chosen)
+    by_tag = pictures.choose(outcome, {key: "late" if key[0] > 0 else "early" for key in outcome})
+    assert next(iter(by_tag))[3] == "a"  # tags stand in the order of their first prompt
 
 
 def test_images_that_could_not_be_scored_are_not_chosen_as_right_or_wrong(tmp_path):
@@ -514,7 +516,7 @@ def test_several_trained_rewards_stand_behind_their_sum(tmp_path):
 
 
 def test_a_resumed_step_counts_once_and_an_unfinished_line_not_yet(tmp_path):
-    lines = ['{"step": 1, "kl": 1.0}', '{"step": 2, "kl": 9.0}', '{"step": 2, "kl": 2.0}', '{"step": 3, "kl": null}']
+    lines = ['{"step": 1, "kl": 1.0}', '{"step": 3, "kl": null}', '{"step": 2, "kl": 9.0}', '{"step": 2, "kl": 2.0}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "k')
     metrics = read_run(tmp_path).metrics
     assert metrics["step"].tolist() == [1, 2, 3]
@@ -555,7 +557,9 @@ def test_compared_runs_share_the_axes_and_the_table(run, tmp_path):
     reward = next(chart["aria-label"] for chart in page.all("svg") if chart["aria-label"].startswith("Reward during"))
     assert "full from" in reward
     assert "other from" in reward
-    assert "training images" in page.text  # runs of unlike batch size are compared by images
+    axes = re.findall(r">(training images|step)</text>", page.source)
+    assert axes
+    assert set(axes) == {"training images"}  # runs of unlike batch size are compared by images
 
 
 def test_drift_is_marked_only_where_the_look_moved_far(page):

@@ -195,7 +195,7 @@ def test_full_fine_tuning_exports_a_pipeline_whose_weights_have_moved(recipe, ti
         for folder in (tiny_folder, "runs/mine/export")
     )
     assert 1e-6 < max(gap(before[name], after[name]) for name in before) < 1e-2
-    assert json.loads(Path("runs/mine/export/model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline"
+    assert "StableDiffusion3Pipeline" in Path("runs/mine/export/model_index.json").read_text()
 
 
 def test_lines_of_jsonl_reach_a_reward_as_columns(recipe):
@@ -389,7 +389,7 @@ def test_a_reward_that_fails_for_one_picture_costs_that_picture(recipe, workplac
         ("if calls > 1: scores.pop()", "returned 7 scores for 8 images"),
     ],
 )
-def test_a_reward_that_fails_for_all_stops_the_run_which_goes_on_once_it_is_mended(recipe, workplace, cli, trouble, says):
+def test_a_reward_that_fails_for_all_stops_the_run_until_it_is_mended(recipe, workplace, cli, trouble, says):
     (workplace / "once.py").write_text(ONCE.format(trouble=trouble))
     path = recipe(rewards={"once.py:f": 1.0}, training={"max_train_steps": 3, "checkpointing_steps": 100})
     code, _, stderr = cli("train", path)

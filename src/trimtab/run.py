@@ -1,11 +1,9 @@
 """The wiring: from a recipe to a finished run folder. The one file that knows everybody."""
 
-import json
 import logging
 import math
 import os
 import subprocess
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +13,6 @@ from typing import Any, Protocol
 import torch
 import yaml
 from accelerate import Accelerator
-from torch.utils.tensorboard import SummaryWriter
 
 from trimtab import checkpoint, evaluate
 from trimtab.batch import Prompts
@@ -23,6 +20,7 @@ from trimtab.config import dump, find_recipe, load_yaml, override, validate
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import atomic_write, lock
 from trimtab.learner import Learner, Record
+from trimtab.log import MetricsLog
 from trimtab.method import Method
 from trimtab.methods import crd, diffusion_nft, pretrain
 from trimtab.pipelines import Pipeline, loading
@@ -226,7 +224,7 @@ def build(
 def _learn(run: Run) -> None:
     """Drive the learner: a line in the log for every step, pictures and checkpoints at their cadence."""
     training, total = run.config.training, run.learner.num_steps
-    log = _Log(run.folder, run.learner.step) if run.writes else None
+    log = MetricsLog(run.folder, run.learner.step) if run.writes else None
     if run.learner.step == 0:
         _pictures(run, 0)
     try:
@@ -327,36 +325,6 @@ def _pictures(run: Run, step: int) -> None:
 def _headline(record: Record) -> str:
     shown = {"reward": "reward", "kl": "kl", "loss": "loss"}
     return "  ".join(f"{name} {record.metrics[key]:.3f}" for name, key in shown.items() if key in record.metrics)
-
-
-class _Log:
-    """metrics.jsonl and TensorBoard, from a step on: what an interrupted run wrote past its checkpoint is dropped."""
-
-    def __init__(self, folder: Path, step: int):
-        self.path, self.started = folder / "metrics.jsonl", time.perf_counter()
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        atomic_write(self.path, "".join(f"{line}\n" for line in kept))
-        last = json.loads(kept[-1]) if kept else {}
-        self.elapsed, self.images = last.get("elapsed_seconds", 0.0), last.get("images_total", 0.0)
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-
-    def write(self, record: Record) -> None:
-        self.images += record.metrics.get("images", 0.0)
-        elapsed = self.elapsed + time.perf_counter() - self.started
-        totals = {"elapsed_seconds": elapsed}
-        if "images" in record.metrics:
-            rate = record.metrics["images"] / record.metrics["seconds/step"]
-            totals |= {"images_total": self.images, "images_per_second": rate}
-        metrics = record.metrics | totals
-        line = {"step": record.step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, record.step)
-
-    def close(self) -> None:
-        self.board.close()
 
 
 def evaluate_model(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,6 +38,9 @@ class SD3:
         self.process = RectifiedFlow()
         self.device = next(roles.network.parameters()).device
         roles.network.set_attn_processor(WeightedAttention())
+        for module in roles.network.modules():
+            if isinstance(module, LoraLayer):  # autocast casts for LoRA's matmuls; PEFT would cast up first, for nothing
+                module.cast_input_dtype_enabled = precision == torch.float32
         self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
         self._weight = self._folded()
         self.unconditional = self.encode([""])

@@ -1,12 +1,12 @@
 """From a run folder to one HTML page that says whether training worked, and opens from disk without a network."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from trimtab.files import atomic_write
 from trimtab.report import hacking, pictures, tables, words
 from trimtab.report.curves import scores_chart, training_charts
 from trimtab.report.folder import RunFolder, read_run
@@ -23,10 +23,7 @@ def write_report(run_folder: Path, output: Path | None = None, compare: Sequence
     """
     run, others = read_run(run_folder), [read_run(folder) for folder in compare]
     output = output or run_folder / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    unfinished.write_text(_page(run, others), encoding="utf-8")
-    unfinished.replace(output)  # readers see the old page or the new one, never half of one
+    atomic_write(output, _page(run, others))
     return output
 
 

@@ -61,6 +61,7 @@ DRIFT = {  # key in results.json -> row title
     "edge_density": "edge pixels",
     "color_entropy": "colour entropy (bits)",
     "diversity": "diversity among siblings",
+    "drift": "distance from the starting model",
     "frechet_distance": "Fréchet distance",
     "precision": "precision",
     "recall": "recall",
@@ -84,7 +85,7 @@ def drift_rows(run: RunFolder) -> list[Row]:
 
 def _drift(evaluation: Evaluation) -> dict[str, float]:
     results = evaluation.results
-    plain = {name: results.get(name) for name in ("diversity", "frechet_distance")}
+    plain = {name: results.get(name) for name in ("diversity", "drift", "frechet_distance")}
     numbers = {**(results.get("image_statistics") or {}), **plain, **(results.get("precision_recall") or {})}
     return {name: value for name, raw in numbers.items() if math.isfinite(value := _mean(raw))}
 
