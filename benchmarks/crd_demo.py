@@ -1,6 +1,7 @@
 """The demo's result over several seeds: CRD on micro, sampled without guidance, against its base without and with it.
 
     python benchmarks/crd_demo.py [--seeds 0 1 2] [--steps N]
+    python benchmarks/crd_demo.py --runs runs/crd-micro     # what `make demo` left
 
 Trains the recipe crd-micro as it stands (or for --steps), and writes benchmarks/results/crd_demo.{json,md}
 and docs/images/before-after.png.
@@ -82,8 +83,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--output", type=Path, default=Path("runs"))
+    parser.add_argument("--runs", type=Path, nargs="+", help="finished runs to tabulate, instead of training any")
     given = parser.parse_args()
-    folders = [trained(seed, given.steps, given.output) for seed in given.seeds]
+    folders = given.runs or [trained(seed, given.steps, given.output) for seed in given.seeds]
     rows = {label: [row(folder, label) for folder in folders] for label in LABELS}
     times = [seconds(folder) for folder in folders]
     lines = ["| | base | base, guided | trained, mean | trained, each seed |", "| --- | --- | --- | --- | --- |"]
@@ -94,7 +96,7 @@ def main() -> None:
     lines.append(f"| training, seconds | | | {statistics.mean(times):.0f} | {', '.join(f'{t:.0f}' for t in times)} |")
     name = f"crd_demo_{given.steps}" if given.steps else "crd_demo"
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"seeds": given.seeds, "rows": rows, "seconds": times}, indent=1))
+    (RESULTS / f"{name}.json").write_text(json.dumps({"runs": [str(folder) for folder in folders], "rows": rows, "seconds": times}, indent=1))
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if not given.steps:

@@ -79,6 +79,7 @@ def test_folding_holds_without_a_t5_encoder_too(tiny, stock, point):
     face = tiny()
     face.pipe.text_encoder_3 = stock.text_encoder_3 = None
     absent = type(face)(face.pipe, face.roles, face.precision)
+    assert absent.encode(TEXTS).tokens.shape[1] == stock.tokenizer_max_length + 1
     assert gap(absent.predict(*point, absent.encode(TEXTS), "default").flow, stock_flow(stock, *point)) < 1e-5
 
 

@@ -41,6 +41,7 @@ from trimtab.worlds import blocks
 
 logger = logging.getLogger(__name__)
 
+MIN_IMAGES = 16  # fewer say nothing about a distribution
 DRIFT_TIMES = 4  # evenly over (0, 1)
 REAL_PER_PROMPT = 16  # drawn scenes of each prompt, the other side of the Frechet distance
 PACKAGES = ("trimtab", "torch", "diffusers", "transformers", "peft", "numpy")
@@ -163,7 +164,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             )
     for name in ("frechet_distance", "diversity", "drift"):
         if any(name in r for r in results.values()):
-            rows.append([name.replace("_", " "), *(f"{r[name]:.3f}" if name in r else "" for r in results.values())])
+            cells = ["" if r.get(name) is None else f"{r[name]:.3f}" for r in results.values()]
+            rows.append([name.replace("_", " "), *cells])
     return rows
 
 
@@ -218,7 +220,7 @@ def _summary(values: Tensor, group: Tensor, tags: list[str]) -> dict[str, Any]:
 
 
 def _interval(interval: Interval) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in interval._asdict().items()}
+    return {name: _number(value) for name, value in interval._asdict().items()}
 
 
 def _look(images: Tensor, group: Tensor, prompts: Prompts) -> dict[str, Any]:
@@ -228,14 +230,12 @@ def _look(images: Tensor, group: Tensor, prompts: Prompts) -> dict[str, Any]:
     if not _is_blocks(images, [dict(line) for line in prompts.metadata]):
         return look
     features = _features(images)
-    real = _real_features(tuple(json.dumps(line["include"]) for line in prompts.metadata))
-    precision, recall = precision_recall(real, features)
-    return {
-        "frechet_distance": frechet_distance(real, features),
-        "precision_recall": {"precision": precision, "recall": recall},
-        "diversity": within_prompt_diversity(features, group),
-        **look,
-    }
+    look["diversity"] = _number(within_prompt_diversity(features, group))
+    if len(images) > MIN_IMAGES:
+        real = _real_features(tuple(json.dumps(line["include"]) for line in prompts.metadata))
+        look["frechet_distance"] = frechet_distance(real, features)
+        look["precision_recall"] = precision_recall(real, features)._asdict()
+    return look
 
 
 @torch.no_grad()
@@ -253,8 +253,9 @@ def _real_features(includes: tuple[str, ...]) -> Tensor:
     return torch.cat([_features(blocks.draw(scenes[i : i + 256])) for i in range(0, len(scenes), 256)])
 
 
-def _number(value: Tensor) -> float | None:
-    return value.item() if torch.isfinite(value) else None
+def _number(value: Tensor | float) -> float | None:
+    """JSON has no NaN: what could not be told is null."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _write(folder: Path, images: Tensor, rows: list[dict], prompts: Prompts, results: dict[str, Any]) -> None:
