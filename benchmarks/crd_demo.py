@@ -96,7 +96,9 @@ def main() -> None:
     lines.append(f"| training, seconds | | | {statistics.mean(times):.0f} | {', '.join(f'{t:.0f}' for t in times)} |")
     name = f"crd_demo_{given.steps}" if given.steps else "crd_demo"
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"runs": [str(folder) for folder in folders], "rows": rows, "seconds": times}, indent=1))
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"runs": [str(folder) for folder in folders], "rows": rows, "seconds": times}, indent=1)
+    )
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if not given.steps:

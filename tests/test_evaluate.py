@@ -1,6 +1,7 @@
 """Evaluation: equal calls write equal bytes, means by hand, and any picture can be made again."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,14 +140,14 @@ def test_a_suite_without_facts_is_scored_by_what_it_is_given(tmp_path):
     assert set(written["image_statistics"]) >= {"brightness", "saturation"}
 
 
-@pytest.mark.usefixtures("drawn")
 def test_true_scenes_lie_nearer_to_real_ones_than_blank_pictures(tmp_path, monkeypatch):
-    rng = np.random.default_rng(3)
-    real, _ = results(tmp_path / "drawn")
-    scenes = blocks.draw([blocks.scene(LINES[i // 2], rng) for i in range(6)])
-    monkeypatch.setattr(evaluate, "generate", lambda *args: (scenes, None))
-    better, _ = results(tmp_path / "true")
-    assert better["frechet_distance"] < real["frechet_distance"]
+    rng, setting = np.random.default_rng(3), replace(SETTING, images_per_prompt=6)
+    true = blocks.draw([blocks.scene(LINES[i // 6], rng) for i in range(18)])
+    distances = []
+    for pictures in (true, torch.ones_like(true)):
+        monkeypatch.setattr(evaluate, "generate", lambda *args, pictures=pictures: (pictures, None))
+        distances.append(evaluate.evaluate(None, "default", PROMPTS, setting, tmp_path)["frechet_distance"])
+    assert 5 * distances[0] < distances[1]
 
 
 def test_a_role_does_not_drift_from_itself_and_its_drift_is_that_of_its_field(tiny):

@@ -202,6 +202,14 @@ def test_an_exported_lora_paints_the_same_picture_in_stock_diffusers(exported, t
 
 
 @torch.no_grad()
+def test_an_exported_lora_is_the_same_network_in_stock_diffusers(exported, stock, point):
+    face, folder = exported
+    stock.load_lora_weights(folder)
+    flow = face.predict(*point, face.encode(TEXTS), "default").flow
+    assert gap(stock_flow(stock, *point), flow) < 1e-4
+
+
+@torch.no_grad()
 def test_an_exported_lora_is_the_same_network_in_peft(exported, stock, point):
     face, folder = exported
     base = stock_flow(stock, *point)

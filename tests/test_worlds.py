@@ -34,11 +34,11 @@ def test_text_is_one_prompt_a_line_with_facts_where_the_world_knows_them(file):
 
 def test_jsonl_keeps_its_own_columns_and_facts(file):
     own = {"prompt": "a photo of two stars", "tag": "mine", "include": [{"class": "ring", "count": 1}], "target": 7}
-    path = file("p.jsonl", json.dumps(own) + "\n" + json.dumps({"prompt": "a red ring", "target": 8}))
+    path = file("p.jsonl", json.dumps(own) + "\n" + json.dumps({"prompt": "a red ring", "tag": "mine"}))
     first, second = load_prompts(path).metadata
     assert first == {**own, "where": f"{path}, line 1"}
     assert second["include"] == [{"class": "ring", "count": 1, "color": "red"}]
-    assert second["target"] == 8
+    assert second["tag"] == "mine"  # and not the world's
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(file):

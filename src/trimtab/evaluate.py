@@ -41,7 +41,7 @@ from trimtab.worlds import blocks
 
 logger = logging.getLogger(__name__)
 
-MIN_IMAGES = 16  # fewer say nothing about a distribution
+MIN_IMAGES = 3  # precision and recall look at the third neighbour
 DRIFT_TIMES = 4  # evenly over (0, 1)
 REAL_PER_PROMPT = 16  # drawn scenes of each prompt, the other side of the Frechet distance
 PACKAGES = ("trimtab", "torch", "diffusers", "transformers", "peft", "numpy")
