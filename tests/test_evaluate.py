@@ -38,12 +38,12 @@ def brightness(images, prompts, metadata):
 
 
 def test_the_same_call_twice_writes_the_same_bytes(face, tmp_path):
+    setting, how = replace(SETTING, images_per_prompt=6), {"rewards": {"mine": brightness}, "reference": "ref"}
     for name in ("one", "two"):
-        evaluate.evaluate(
-            face, "default", PROMPTS, SETTING, tmp_path / name, rewards={"mine": brightness}, reference="ref"
-        )
+        evaluate._real_features.cache_clear()  # as in another process
+        evaluate.evaluate(face, "default", PROMPTS, setting, tmp_path / name, **how)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(files) == 6 + 3 + 2  # pictures, facts, rows and results
+    assert len(files) == 18 + 3 + 2  # pictures, facts, rows and results
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 

@@ -196,11 +196,12 @@ def test_nothing_to_compare_stops_the_run():
 
 
 def test_the_advantage_by_hand():
-    # Group means 2 and 2; differences -2 0 2 and -1 -1 2. All rewards: mean 2, variance (4+0+4+1+1+4)/6 = 7/3.
-    # Variance of the groups: 8/3 and 2. The standard deviations are raised by 1e-4.
-    reward, difference = scores(0.0, 2.0, 4.0, 1.0, 1.0, 4.0), torch.tensor([-2.0, 0, 2, -1, -1, 2])
+    # Group means 2 and 12; differences -2 0 2 and -1 -1 2, whose variance is (4+0+4+1+1+4)/6 = 7/3. All: mean 7,
+    # variance (49+25+9+16+16+49)/6 = 82/3. Variance of the groups: 8/3 and 2. The deviations are raised by 1e-4.
+    reward, difference = scores(0.0, 2.0, 4.0, 11.0, 11.0, 14.0), torch.tensor([-2.0, 0, 2, -1, -1, 2])
     expected = {
-        "global": difference / ((7 / 3) ** 0.5 + 1e-4),
+        "pooled": difference / ((7 / 3) ** 0.5 + 1e-4),
+        "global": difference / ((82 / 3) ** 0.5 + 1e-4),
         "group": difference / (torch.tensor([8 / 3] * 3 + [2] * 3).sqrt() + 1e-4),
     }
     for std, advantage in expected.items():
@@ -210,7 +211,7 @@ def test_the_advantage_by_hand():
 
 
 def test_equal_rewards_have_no_advantage():
-    for std in ("global", "group"):
+    for std in ("pooled", "global", "group"):
         assert (collect(scores(*[0.7] * 6), advantage_std=std).advantage == 0).all()
 
 

@@ -292,7 +292,7 @@ def ready(recipe):
     def build(**method):
         name = {} if "name" in method else {"name": "crd", "kl_cfg": 2.0}
         config = run.load_config(str(recipe(method={"num_train_times": 2, **name, **method})))
-        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"advantage_std": "group"})})
+        config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"advantage_std": "pooled"})})
         prompts, rewards = run.check(config)
         built = run.build(config, Path("unused"), Accelerator(cpu=True), prompts, rewards, Silent())
         generator = torch.Generator().manual_seed(0)

@@ -38,7 +38,9 @@ class RolloutConfig(Strict):
     guidance_scale: float = Field(1.0, ge=0)  # 1 is off
     solver_order: Literal[1, 2] = 1
     sample_batch_size: int = Field(8, gt=0)  # pictures in one forward
-    advantage_std: Literal["global", "group"] = "global"
+    # Rewards are divided by the standard deviation among siblings, over all groups ("pooled") or of each ("group"), or
+    # by that of all rewards ("global", as published), which a constant added to one prompt's rewards would change.
+    advantage_std: Literal["pooled", "global", "group"] = "pooled"
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,11 @@ class Rollouts:
         return torch.cat(latents), torch.cat(images)
 
     def _spread(self, reward: Tensor, group: Tensor) -> Tensor:
-        """Standard deviation of the rewards: of each sample's siblings (B,), or of all processes' samples, a scalar."""
+        """Standard deviation of the rewards: of each sample's siblings (B,), or over all processes, a scalar."""
         if self.config.advantage_std == "group":
             return groups.means(groups.centred(reward, group).square(), group).sqrt()
+        if self.config.advantage_std == "pooled":
+            reward = groups.centred(reward, group)
         if self.gather is None:
             return reward.std(correction=0)
         # Processes gather equal shapes only, and each may have lost pictures or have a prompt less.
