@@ -141,12 +141,12 @@ def drift(
     """
     condition = pipeline.encode(prompts.text)
     total = 0.0
-    for number, part in enumerate(torch.arange(len(group)).split(setting.batch_size)):
-        generator = noise.generator(setting.seed, number, noise.TRAINING)
-        for t in (torch.arange(DRIFT_TIMES) + 0.5) / DRIFT_TIMES:
-            x0 = latents[part.to(latents.device)]
-            x_t = pipeline.process.noised(x0, torch.randn(x0.shape, generator=generator).to(x0), t.to(x0))
-            own = condition[group[part].to(pipeline.device)]
+    for part in torch.arange(len(group)).split(setting.batch_size):
+        x0, own = latents[part.to(latents.device)], condition[group[part].to(pipeline.device)]
+        for number in range(DRIFT_TIMES):
+            t = torch.tensor((number + 0.5) / DRIFT_TIMES)
+            eps = noise.normal([(setting.seed, int(i), number, noise.TRAINING) for i in part], x0.shape[1:])
+            x_t = pipeline.process.noised(x0, eps.to(x0), t.to(x0))
             fields = [pipeline.predict(x_t, t, own, name).flow for name in (role, reference)]
             total += denoising_error(*fields).sum().item() / DRIFT_TIMES
     return total / len(group)
@@ -201,8 +201,9 @@ def _scores(
 
 def _is_blocks(images: Tensor, metadata: list[dict]) -> bool:
     """Whether the exact reader can judge: pictures of its size, and facts about its shapes only."""
-    asked = [clause.get("class") for line in metadata for clause in line.get("include", [{}])]
-    return images.shape[-1] == blocks.SIZE_PX and all(name in blocks.SHAPES for name in asked)
+    asked = [clause for line in metadata for clause in line.get("include") or [{}]]
+    known = all(c.get("class") in blocks.SHAPES and (c.get("color") or "red") in blocks.COLORS for c in asked)
+    return known and images.shape[-1] == blocks.SIZE_PX and all("tag" in line for line in metadata)
 
 
 def _summary(values: Tensor, group: Tensor, tags: list[str]) -> dict[str, Any]:

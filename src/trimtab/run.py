@@ -374,7 +374,9 @@ def sample(
     images, _ = evaluate.generate(
         pipeline, role, prompts, group, seeds, setting, lambda done, total: display.progress("sampling", done, total)
     )
-    files = [folder / f"{_slug(texts[g])}-seed{seed}.png" for g, seed in zip(group.tolist(), seeds, strict=True)]
+    files = [
+        folder / f"{g:03d}-{_slug(texts[g])}-seed{seed}.png" for g, seed in zip(group.tolist(), seeds, strict=True)
+    ]
     for file, image in zip(files, images, strict=True):
         atomic_write(file, evaluate.png(image))
     return files
