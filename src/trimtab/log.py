@@ -20,7 +20,7 @@ class MetricsLog:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         atomic_write(self.path, "".join(f"{line}\n" for line in kept))
         last = json.loads(kept[-1]) if kept else {}
-        self.elapsed, self.images = last.get("elapsed_seconds", 0.0), last.get("images_total", 0.0)
+        self.elapsed, self.images = last.get("elapsed_seconds", 0.0), last.get("images", 0.0)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, record: Record) -> None:
@@ -29,7 +29,7 @@ class MetricsLog:
         totals = {"elapsed_seconds": elapsed}
         if "images" in record.metrics:
             rate = record.metrics["images"] / record.metrics["seconds/step"]
-            totals |= {"images_total": self.images, "images_per_second": rate}
+            totals |= {"images": self.images, "images_per_second": rate}  # so far, no longer of the step
         metrics = record.metrics | totals
         line = {"step": record.step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self.path.open("a") as file:
