@@ -41,10 +41,6 @@ class Condition:
         """One prompt for `size` samples, without copying."""
         return replace(self, tokens=self.tokens.expand(size, -1, -1), pooled=self.pooled.expand(size, -1))
 
-    def to(self, device: torch.device) -> Self:
-        weight = None if self.weight is None else self.weight.to(device)
-        return Condition(self.tokens.to(device), self.pooled.to(device), weight)
-
 
 @dataclass(frozen=True)
 class Rollout:
