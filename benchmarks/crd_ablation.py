@@ -60,7 +60,8 @@ def numbers(folder: Path, label: str = "trained") -> dict[str, float]:
 
 
 def curve(folder: Path, key: str) -> list[float]:
-    return [json.loads(line)[key] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:

@@ -75,7 +75,8 @@ def picture(folder: Path, file: Path, number: int = 12) -> None:
 
 
 def seconds(folder: Path) -> float:
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["elapsed_seconds"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return next(line["elapsed_seconds"] for line in reversed(lines) if "elapsed_seconds" in line)
 
 
 def main() -> None:

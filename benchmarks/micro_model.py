@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from trimtab import run
+from trimtab import inference
 from trimtab.cli import Terminal
 from trimtab.worlds.blocks import TAGS
 
@@ -46,7 +46,7 @@ def main() -> None:
     results = {}
     for scale, steps in SETTINGS:
         with TemporaryDirectory() as folder, Terminal() as display:
-            found = run.evaluate_model(
+            found = inference.evaluate_model(
                 "micro",
                 None,
                 "blocks",

@@ -130,6 +130,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest_name(refused, recipe, overri
         ("model.finetune_type=lorra", 'did you mean "lora"'),
         ("model.target_modules=to_q", "a list"),
         ("model.resolution=0", "> 0"),
+        ("method={name: crd, min_time: 0.5, max_time: 0.5}", "min_time 0.5 is not below max_time 0.5"),
         ("method.name=cdr", '"crd"'),
         ("method.crd_beta=.inf", "a finite number"),
         ("method=crd", "a section"),
@@ -145,6 +146,13 @@ def test_a_value_of_the_wrong_type_or_out_of_range_is_refused_with_what_it_may_b
     sentence = refused("train", recipe(), override)
     assert override.split("=")[0] in sentence
     assert says in sentence
+
+
+@pytest.mark.parametrize("pixels", [72, 256])
+def test_a_resolution_that_the_model_can_t_draw_is_refused(refused, recipe, tiny_folder, pixels):
+    says = "a multiple of 16 pixels up to 128"
+    assert says in refused("train", recipe(), f"model.resolution={pixels}")
+    assert says in refused("sample", str(tiny_folder), "-p", "a photo of a star", "--resolution", str(pixels))
 
 
 @pytest.mark.parametrize("schedule", ["75-0", "fast", "0-2-0-1", "0.5-0-0-1", "0-nan-0-1", "inf-0-0-1", "nan-0-0-1"])

@@ -106,6 +106,11 @@ def test_a_function_of_an_installed_module_is_found_by_its_dotted_name(tmp_path,
     assert load("company.scores:f")(IMAGES, PROMPTS, METADATA).tolist() == [1.0] * 3
 
 
+def test_a_file_that_fails_while_it_is_imported_is_named_with_the_cause(reward):
+    with pytest.raises(UserError, match=r"importing .*failed \(ZeroDivisionError"):
+        reward("1 / 0")
+
+
 def test_a_file_may_import_its_neighbours_and_define_dataclasses(reward, tmp_path):
     (tmp_path / "neighbour_of_mine.py").write_text("VALUE = 3.0")
     f = reward("""

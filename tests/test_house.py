@@ -25,8 +25,8 @@ ROWS = [  # top row first; a row imports only from rows above it, or from itself
     {"evaluate"},
     {"report"},
     {"recipe"},
-    {"run"},
-    {"bench"},
+    {"wiring"},
+    {"run", "inference", "bench"},
     {"cli", "__main__"},
 ]
 

@@ -19,7 +19,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trimtab import checkpoint, run
+from trimtab import checkpoint, run, wiring
 from trimtab.cli import main
 from trimtab.learner import Learner
 from trimtab.rewards.composite import Composite
@@ -103,9 +103,10 @@ def cli(monkeypatch, capsys):
 
 
 def metrics(folder="runs/mine"):
-    """metrics.jsonl without what a clock says."""
+    """The steps of metrics.jsonl without what a clock says."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
+    steps = [line for line in lines if "lr" in line]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in steps]
 
 
 def weights(folder="runs/mine"):
@@ -150,6 +151,9 @@ def test_a_run_leaves_all_that_it_promises_and_resuming_it_only_prints_the_resul
         assert results["num_images"] == 4
         assert {"strict", "reward.py:brightness"} <= set(results["scores"])
     assert "</html>" in (folder / "report.html").read_text()
+    evaluated = [line for line in map(json.loads, (folder / "metrics.jsonl").open()) if "lr" not in line]
+    assert [line["step"] for line in evaluated] == [0, 0, 3]
+    assert evaluated[2]["eval/trained/strict"] == results["scores"]["strict"]["overall"]["mean"]
 
     before = weights(), metrics(), (folder / "evaluation/trained/results.json").read_bytes()
     code, again, _ = cli("train", path, "--resume")
@@ -293,8 +297,7 @@ def ready(recipe):
         name = {} if "name" in method else {"name": "crd", "kl_cfg": 2.0}
         config = run.load_config(str(recipe(method={"num_train_times": 2, **name, **method})))
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"advantage_std": "pooled"})})
-        prompts, rewards = run.check(config)
-        built = run.build(config, Path("unused"), Accelerator(cpu=True), prompts, rewards, Silent())
+        built = wiring.build(config, Path("unused"), Accelerator(cpu=True), wiring.check(config), Silent())
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in built.learner.parameters["default"].values():

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
 from trimtab.recipe import RunConfig
-from trimtab.run import PRETRAIN, TRAINED, Display, build, check
+from trimtab.wiring import PRETRAIN, TRAINED, Display, build, check
 
 REPEATS = 10
 
@@ -24,9 +24,9 @@ def bench(config: RunConfig, display: Display, num_steps: int) -> list[tuple[str
     """Rows (what, value): the bare network, then `num_steps` real training steps after one that is not counted."""
     if config.method.name in PRETRAIN:
         raise UserError(f"{config.name} is a pre-training recipe; bench takes one that samples, such as crd-micro.")
-    prompts, rewards = check(config)
+    inputs = check(config)
     with TemporaryDirectory() as folder:
-        run = build(config, Path(folder), Accelerator(cpu=not torch.cuda.is_available()), prompts, rewards, display)
+        run = build(config, Path(folder), Accelerator(cpu=not torch.cuda.is_available()), inputs, display)
     forward, both = _network_rates(run.pipeline, config.training.train_batch_size)
     spent = _time_calls(run.pipeline)
     totals: dict[str, float] = defaultdict(float)

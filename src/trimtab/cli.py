@@ -58,11 +58,11 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
     """Score a model on a suite of prompts with fixed seeds; the same call gives the same numbers."""
-    from trimtab import run
+    from trimtab import inference
 
     folder = output or Path("evaluations") / f"{Path(model).name}-{Path(suite).stem}-cfg{guidance_scale:g}-seed{seed}"
     with Terminal() as display:
-        results = run.evaluate_model(
+        results = inference.evaluate_model(
             model, adapter, suite, folder, display,
             images_per_prompt=images_per_prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             seed=seed, resolution=resolution, precision=mixed_precision, batch_size=batch_size, rewards=reward or [],
@@ -87,10 +87,10 @@ def sample(
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
 ) -> None:
     """Draw pictures, the same as stock diffusers draws from the same seed."""
-    from trimtab import run
+    from trimtab import inference
 
     with Terminal() as display:
-        files = run.sample(
+        files = inference.sample(
             model, adapter, prompt, output, display,
             images_per_prompt=num_images, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             seed=seed, resolution=resolution, precision=mixed_precision,
@@ -203,7 +203,8 @@ def _print_table(results: dict[str, dict]) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of torchvision, which nothing here needs
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # they warn of torchvision and of LoRAs without text encoders
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         app(standalone_mode=False)

@@ -169,6 +169,13 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def headline(results: Mapping[str, Any]) -> dict[str, float]:
+    """The overall score of every reward, and the look: one number each."""
+    scores = {name: score["overall"]["mean"] for name, score in results["scores"].items()}
+    look = {name: results.get(name) for name in ("frechet_distance", "diversity", "drift")}
+    return {name: value for name, value in (scores | look).items() if value is not None}
+
+
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
 

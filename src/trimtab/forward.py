@@ -7,7 +7,7 @@ CRD, DiffusionNFT and AWM never differentiate a sampler; they regress at x_t = a
 from dataclasses import dataclass, fields
 from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from trimtab import noise
@@ -25,6 +25,12 @@ class TimesConfig(Strict):
     time_shift: float = Field(1.0, gt=0)  # of stratified times; SD3 samples with 3
     min_time: float = Field(0.0, ge=0, lt=1)
     max_time: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_time >= self.max_time:
+            raise ValueError(f"min_time {self.min_time} is not below max_time {self.max_time}")
+        return self
 
 
 @dataclass(frozen=True)

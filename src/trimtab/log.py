@@ -1,8 +1,9 @@
-"""What a run writes down at every step: a line of metrics.jsonl, and the same for TensorBoard."""
+"""What a run writes down: a line of metrics.jsonl for every step and every evaluation, and steps for TensorBoard."""
 
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -19,7 +20,8 @@ class MetricsLog:
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         atomic_write(self.path, "".join(f"{line}\n" for line in kept))
-        last = json.loads(kept[-1]) if kept else {}
+        steps = [line for line in map(json.loads, kept) if "elapsed_seconds" in line]
+        last = steps[-1] if steps else {}
         self.elapsed, self.images = last.get("elapsed_seconds", 0.0), last.get("images", 0.0)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
@@ -31,11 +33,16 @@ class MetricsLog:
             rate = record.metrics["images"] / record.metrics["seconds/step"]
             totals |= {"images": self.images, "images_per_second": rate}  # so far, no longer of the step
         metrics = record.metrics | totals
-        line = {"step": record.step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.path, record.step, metrics)
         for name, value in metrics.items():
             self.board.add_scalar(name, value, record.step)
 
     def close(self) -> None:
         self.board.close()
+
+
+def append(path: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """One more line for a step. JSON has no NaN: what could not be told is null."""
+    line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -32,6 +32,7 @@ def adamw(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
+        fused=True,
     )
 
 

@@ -101,6 +101,10 @@ class Roles:
             door = self._wrapped.get(role, door)  # without gradient ranks need not wait for each other
         return door(*args, **kwargs)
 
+    def module(self, role: str) -> nn.Module:
+        """The network that holds the role's weights. With LoRA all roles share one."""
+        return self._doors[role].network
+
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The role's own parameters, by names that are the same for every role (LoRA: `<module>.lora_A.weight`)."""
         return {name: tensor for name, tensor in self._tensors(role).items() if isinstance(tensor, nn.Parameter)}

@@ -1,76 +1,33 @@
-"""The wiring: from a recipe to a finished run folder. The one file that knows everybody."""
+"""The life of a run: from a recipe to a finished folder, resumed where it was interrupted."""
 
-import logging
 import math
-import os
 import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
 
 from trimtab import checkpoint, evaluate
-from trimtab.batch import Prompts
 from trimtab.config import dump, find_recipe, load_yaml, override, validate
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import atomic_write, lock
-from trimtab.learner import Learner, Record
-from trimtab.log import MetricsLog
-from trimtab.method import Method
-from trimtab.methods import crd, diffusion_nft, pretrain
-from trimtab.pipelines import Pipeline, loading
+from trimtab.learner import Record
+from trimtab.log import MetricsLog, append
 from trimtab.recipe import RunConfig
 from trimtab.report import write_report
 from trimtab.rewards import BUILT_IN
-from trimtab.rewards import build as build_rewards
-from trimtab.rewards.composite import Composite, RewardFailed
+from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
-from trimtab.rollout import Rollouts
-from trimtab.worlds.files import load_prompts
-
-logger = logging.getLogger(__name__)
+from trimtab.wiring import TRAINED, Display, Run, build, check, unseen
 
 RECIPES = Path(__file__).parent / "recipes"
-ONLINE = {"crd": crd.CRD, "diffusion-nft": diffusion_nft.DiffusionNFT}
-PRETRAIN = {
-    "pretrain-vae": pretrain.PretrainVAE,
-    "pretrain-micro": pretrain.PretrainMicro,
-    "pretrain-recognizer": pretrain.PretrainRecognizer,
-}
-TRAINED = "default"
 ABOUT = ("command", "revision", "versions")  # what config.yaml says beside the recipe
 MAY_CHANGE = ("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_prompts")
-
-
-class Display(Protocol):
-    """Where a run tells how it is going."""
-
-    def note(self, text: str) -> None: ...
-
-    def progress(self, what: str, done: int, total: int, numbers: str = "") -> None: ...
-
-
-@dataclass
-class Run:
-    """A run that is ready to go: everything is checked and built."""
-
-    config: RunConfig
-    folder: Path
-    accelerator: Accelerator
-    learner: Learner
-    method: Method
-    pipeline: Pipeline | None  # None: pre-training
-    rewards: Composite | None  # None: pre-training
-    display: Display
-
-    @property
-    def writes(self) -> bool:
-        return self.accelerator.is_main_process
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -84,7 +41,7 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
     """Run a recipe to its end and return the run folder. With `resume` an interrupted run goes on bit for bit, and one
     that does not exist starts. UserError before weights load for what can be known then; RunStopped for what can't."""
     folder = Path(config.output_dir) / config.name
-    prompts, rewards = check(config)
+    inputs = check(config)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with ExitStack() as held:
         if accelerator.is_main_process:
@@ -92,7 +49,7 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
             _check_folder(config, folder, resume)
         accelerator.wait_for_everyone()
         saved = checkpoint.latest(folder) if resume else None
-        run = build(config, folder, accelerator, prompts, rewards, display)
+        run = build(config, folder, accelerator, inputs, display)
         _describe(run, command)
         if saved is not None:
             run.learner.load_state(checkpoint.load(saved))
@@ -101,36 +58,6 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
         _learn(run)
         _finish(run)
     return folder
-
-
-def check(config: RunConfig) -> tuple[Prompts, Composite | None]:
-    """Prompts and rewards, and the certainty that the model is one we know: all that can fail before weights load."""
-    if config.method.name in PRETRAIN:
-        return Prompts((), (), ()), None
-    loading.resolve(config.model.pretrained_model_name_or_path)
-    prompts = load_prompts(config.data.prompts)
-    if not config.rewards:
-        raise UserError("the recipe names no reward; add one, for example rewards='{path/to/file.py:function: 1.0}'.")
-    built_in = {name: 1.0 for name in config.rewards if name in BUILT_IN}
-    if config.evaluation.suite is not None and built_in:
-        build_rewards(built_in, _unseen(config))
-    elif config.evaluation.suite is not None or config.training.num_validation_prompts:
-        _unseen(config)
-    size = min(len(prompts), config.rollout.num_prompts)
-    if size < config.rollout.num_prompts:
-        logger.warning("only %d prompts for rollouts of %d", size, config.rollout.num_prompts)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say it
-    if size % processes:
-        raise UserError(
-            f"a rollout of {size} prompts can't be shared by {processes} processes, each of which takes whole prompts; "
-            f"make rollout.num_prompts a multiple of {processes} that the prompts suffice for."
-        )
-    return prompts, build_rewards(config.rewards, prompts)
-
-
-def _unseen(config: RunConfig) -> Prompts:
-    """The prompts for pictures and evaluation: the test split of the suite, or else of the training prompts."""
-    return load_prompts(config.evaluation.suite or config.data.prompts, "test")
 
 
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
@@ -178,47 +105,6 @@ def _revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def build(
-    config: RunConfig,
-    folder: Path,
-    accelerator: Accelerator,
-    prompts: Prompts,
-    rewards: Composite | None,
-    display: Display,
-) -> Run:
-    """Load the model and put everything together, untrained; `prompts` and `rewards` as `check` returned them."""
-    pipeline = None
-    if rewards is None:
-        method = PRETRAIN[config.method.name](config.method, config.seed, accelerator.device, config.model.precision)
-    else:
-        pipeline = loading.load(
-            config.model.pretrained_model_name_or_path,
-            lora=config.model.lora,
-            frozen=config.method.frozen_roles,
-            precision=config.model.precision,
-            device=accelerator.device,
-            seed=config.seed,
-        )
-        if config.model.gradient_checkpointing:
-            pipeline.roles.enable_gradient_checkpointing()
-        if accelerator.num_processes > 1:
-            pipeline.roles.wrap(accelerator.prepare_model)
-        rollouts = Rollouts(
-            pipeline,
-            prompts,
-            rewards,
-            config.rollout,
-            config.model.resolution or pipeline.resolution,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.gather if accelerator.num_processes > 1 else None,
-        )
-        method = ONLINE[config.method.name](config.method, pipeline, rollouts, config.training.train_batch_size)
-    learner = Learner(method, accelerator, config.optimizer, config.training.max_train_steps)
-    return Run(config, folder, accelerator, learner, method, pipeline, rewards, display)
 
 
 def _learn(run: Run) -> None:
@@ -277,11 +163,12 @@ def _evaluate(run: Run, label: str, role: str, guidance_scale: float) -> None:
     folder = run.folder / "evaluation" / label
     if (folder / "results.json").is_file():
         return  # written last, so all of it is there
-    own = {name: reward for name, reward in run.rewards.alone().items() if name not in BUILT_IN}
-    evaluate.evaluate(
+    alone = {} if run.rewards is None else run.rewards.alone()
+    own = {name: reward for name, reward in alone.items() if name not in BUILT_IN}
+    results = evaluate.evaluate(
         run.pipeline,
         role,
-        _unseen(run.config),
+        unseen(run.config),
         replace(_setting(run.config), guidance_scale=guidance_scale),
         folder,
         rewards=own,  # the built-in ones are measured wherever they can be
@@ -292,6 +179,8 @@ def _evaluate(run: Run, label: str, role: str, guidance_scale: float) -> None:
         reference=REFERENCE if role == TRAINED else None,
         progress=lambda done, total: run.display.progress(f"evaluating {label}", done, total),
     )
+    numbers = {f"eval/{label}/{name}": value for name, value in evaluate.headline(results).items()}
+    append(run.folder / "metrics.jsonl", run.learner.step, numbers)
 
 
 def _setting(config: RunConfig) -> evaluate.Setting:
@@ -311,7 +200,7 @@ def _pictures(run: Run, step: int) -> None:
     number = run.config.training.num_validation_prompts
     if run.pipeline is None or not number or not run.writes:
         return
-    prompts = _unseen(run.config)
+    prompts = unseen(run.config)
     number = min(number, len(prompts))
     chosen = prompts[[i * len(prompts) // number for i in range(number)]]
     setting = replace(_setting(run.config), images_per_prompt=1)
@@ -325,72 +214,3 @@ def _pictures(run: Run, step: int) -> None:
 def _headline(record: Record) -> str:
     shown = {"reward": "reward", "kl": "kl", "loss": "loss"}
     return "  ".join(f"{name} {record.metrics[key]:.3f}" for name, key in shown.items() if key in record.metrics)
-
-
-def evaluate_model(
-    model: str,
-    adapter: str | None,
-    suite: str,
-    folder: Path,
-    display: Display,
-    *,
-    rewards: Sequence[str] = (),
-    precision: str = "no",
-    **how: Any,
-) -> dict[str, Any]:
-    """`trimtab evaluate`: the results, also in `folder`."""
-    prompts = load_prompts(suite, "test")
-    extra = build_rewards(dict.fromkeys(rewards, 1.0), prompts).alone() if rewards else {}
-    pipeline, role = _opened(model, adapter, precision)
-    return evaluate.evaluate(
-        pipeline,
-        role,
-        prompts,
-        evaluate.Setting(suite=suite, precision=precision, **how),
-        folder,
-        rewards=extra,
-        described={"model": model, "adapter": adapter},
-        progress=lambda done, total: display.progress("evaluating", done, total),
-    )
-
-
-def sample(
-    model: str,
-    adapter: str | None,
-    texts: Sequence[str],
-    folder: Path,
-    display: Display,
-    *,
-    precision: str = "no",
-    **how: Any,
-) -> list[Path]:
-    """`trimtab sample`: the files written, one a picture, named by prompt and seed."""
-    setting = evaluate.Setting(suite="", precision=precision, **how)
-    pipeline, role = _opened(model, adapter, precision)
-    number = setting.images_per_prompt
-    prompts = Prompts(tuple(texts), tuple({} for _ in texts), tuple(range(len(texts))))
-    group = torch.arange(len(texts)).repeat_interleave(number)
-    seeds = [setting.seed + i for _ in texts for i in range(number)]
-    images, _ = evaluate.generate(
-        pipeline, role, prompts, group, seeds, setting, lambda done, total: display.progress("sampling", done, total)
-    )
-    files = [
-        folder / f"{g:03d}-{_slug(texts[g])}-seed{seed}.png" for g, seed in zip(group.tolist(), seeds, strict=True)
-    ]
-    for file, image in zip(files, images, strict=True):
-        atomic_write(file, evaluate.png(image))
-    return files
-
-
-def _opened(model: str, adapter: str | None, precision: str) -> tuple[Pipeline, str]:
-    """A pipeline to sample from, and the role to use. The adapter is checked before weights load."""
-    if precision not in ("no", "bf16"):
-        raise UserError(f"mixed precision {precision!r} is unknown; give no or bf16.")
-    file = None if adapter is None else loading.check_adapter(adapter, model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return loading.load_for_sampling(model, file, precision=dtype, device=device), TRAINED
-
-
-def _slug(text: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in text).split())[:80] or "prompt"

@@ -9,6 +9,7 @@
 import copy
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,7 @@ class PretrainMicroConfig(Strict):
     train_batch_size: int = Field(128, gt=0)
     wrong_captions: float = Field(0.3, ge=0, le=1)
     dropped_captions: float = Field(0.1, ge=0, le=1)
+    blind_steps: int = Field(0, ge=0)  # T5's equal tokens count once at first, and all from this update on
     ema_decay: float = Field(0.999, ge=0, lt=1)
 
 
@@ -122,8 +124,8 @@ class PretrainMicro:
     def state(self) -> dict[str, Stateful]:
         return {"average": self.average}
 
-    def collect(self, step: int) -> Iterable[tuple[Tensor, list[str], Tensor, Tensor]]:
-        """One batch: clean latents, captions, times, noise."""
+    def collect(self, step: int) -> Iterable[tuple[Tensor, list[str], Tensor, Tensor, float]]:
+        """One batch: clean latents, captions, times, noise, and the power of the tokens' counts."""
         size = self.config.train_batch_size
         picked = _picked(self.seed, step, size, len(self.latents))
         device = self.latents.device
@@ -131,12 +133,15 @@ class PretrainMicro:
         generator = noise.generator(self.seed, step, noise.TRAINING)
         t = logit_normal(torch.randn(size, generator=generator)).to(device)
         eps = torch.randn(x0.shape, generator=generator).to(device)
-        return [(x0, self._captions(self.contents[picked], step), t, eps)]
+        power = min(1.0, step / self.config.blind_steps) if self.config.blind_steps else 1.0
+        return [(x0, self._captions(self.contents[picked], step), t, eps, power)]
 
-    def losses(self, batch: tuple[Tensor, list[str], Tensor, Tensor]) -> Iterator[Loss]:
-        x0, captions, t, eps = batch
+    def losses(self, batch: tuple[Tensor, list[str], Tensor, Tensor, float]) -> Iterator[Loss]:
+        x0, captions, t, eps, power = batch
         x_t = self.face.process.noised(x0, eps, t)
-        prediction = self.face.predict(x_t, t, self.face.embed(captions), "default")
+        condition = self.face.embed(captions)
+        condition = replace(condition, weight=condition.weight**power)  # else 256 equal tokens drown twelve words
+        prediction = self.face.predict(x_t, t, condition, "default")
         yield Loss("micro", denoising_error(prediction.flow, eps - x0).mean())
 
     @torch.no_grad()

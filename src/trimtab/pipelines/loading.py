@@ -36,16 +36,33 @@ def resolve(model: str) -> str:
     return path
 
 
+def check_resolution(model: str, resolution: int | None) -> None:
+    """UserError unless the model can draw a square picture that many pixels a side. None is its own resolution."""
+    if resolution is None:
+        return
+    path = resolve(model)
+    network = _json(path, f"{FACES[_index(path, model)['_class_name']].NETWORK}/config.json", model)
+    vae = _json(path, "vae/config.json", model)
+    step = 2 ** (len(vae["block_out_channels"]) - 1) * network["patch_size"]
+    most = network["pos_embed_max_size"] * step
+    if resolution % step or resolution > most:
+        raise UserError(
+            f"resolution {resolution} does not suit model {model!r}; give a multiple of {step} pixels up to {most}."
+        )
+
+
 def _index(path: str, model: str) -> dict:
-    """What model_index.json says."""
-    file = Path(path) / "model_index.json"
+    return _json(path, "model_index.json", model)
+
+
+def _json(path: str, name: str, model: str) -> dict:
+    """What one of a model's JSON files says."""
+    file = Path(path) / name
     if not file.is_file():
         if Path(path).exists():
-            raise UserError(
-                f"model folder {model!r} has no model_index.json; give a folder saved by a diffusers pipeline."
-            )
+            raise UserError(f"model folder {model!r} has no {name}; give a folder saved by a diffusers pipeline.")
         try:
-            file = Path(hf_hub_download(path, "model_index.json"))
+            file = Path(hf_hub_download(path, name))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             names = ", ".join(BUILT_IN)
             raise UserError(
@@ -53,12 +70,12 @@ def _index(path: str, model: str) -> dict:
                 f"({type(error).__name__}); check the name, or log in with `hf auth login`."
             ) from error
     try:
-        index = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not JSON ({error}); the model folder is damaged, fetch it again.") from error
-    if not isinstance(index, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object; the model folder is damaged, fetch it again.")
-    return index
+    return content
 
 
 def load(

@@ -110,7 +110,8 @@ class SD3:
     def export(self, folder: Path, role: str) -> None:
         """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline."""
         if self.roles.lora is None:
-            self.pipe.save_pretrained(folder)
+            own = {self.NETWORK: self.roles.module(role)}
+            self.PIPELINE(**(self.pipe.components | own)).save_pretrained(folder)
             return
         state, config = self.roles.lora_state(role), self.roles.lora.peft_config()
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,12 +148,12 @@ def _json(text: str, where: str) -> dict[str, Any]:
 
 
 def _metrics(path: Path) -> dict[str, np.ndarray]:
-    """One array per key. Where a step was logged twice (a resume repeats a few), the later line counts."""
-    by_step = {}
+    """One array per key. Where a step has several lines (a resume, an evaluation), what the later ones say counts."""
+    by_step = defaultdict(dict)
     for where, row in _rows(path):
         if not isinstance(row.get("step"), int):
             raise UserError(f"{where} has no whole number as 'step'; repair or remove it.")
-        by_step[row["step"]] = row
+        by_step[row["step"]] |= row
     rows = [by_step[step] for step in sorted(by_step)]
     keys = dict.fromkeys(key for row in rows for key in row)
     table = {key: np.array([to_float(row.get(key)) for row in rows]) for key in keys}

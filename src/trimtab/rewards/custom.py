@@ -98,7 +98,7 @@ def _module(source: str, is_file: bool, reference: str) -> ModuleType:
         raise UserError(f"reward {reference!r}: there is no file {path}; give a path relative to {Path.cwd()}.")
     try:
         return _executed(path) if is_file else importlib.import_module(source)
-    except (ImportError, SyntaxError) as error:
+    except Exception as error:  # the user's own code: anything may go wrong in it
         raise UserError(
             f"reward {reference!r}: importing {source} failed ({type(error).__name__}: {error})."
         ) from error

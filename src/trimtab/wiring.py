@@ -1,0 +1,149 @@
+"""The wiring: from a recipe to a run that is ready to go. The one file that knows every method."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from accelerate import Accelerator
+
+from trimtab.batch import Prompts
+from trimtab.errors import UserError
+from trimtab.learner import Learner
+from trimtab.method import Method
+from trimtab.methods import crd, diffusion_nft, pretrain
+from trimtab.pipelines import Pipeline, loading
+from trimtab.recipe import RunConfig
+from trimtab.rewards import BUILT_IN
+from trimtab.rewards import build as build_rewards
+from trimtab.rewards.composite import Composite
+from trimtab.rollout import Rollouts
+from trimtab.worlds.files import load_prompts
+
+logger = logging.getLogger(__name__)
+
+ONLINE = {"crd": crd.CRD, "diffusion-nft": diffusion_nft.DiffusionNFT}
+PRETRAIN = {
+    "pretrain-vae": pretrain.PretrainVAE,
+    "pretrain-micro": pretrain.PretrainMicro,
+    "pretrain-recognizer": pretrain.PretrainRecognizer,
+}
+TRAINED = "default"
+
+
+class Display(Protocol):
+    """Where a run tells how it is going."""
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, what: str, done: int, total: int, numbers: str = "") -> None: ...
+
+
+@dataclass
+class Run:
+    """A run that is ready to go: everything is checked and built."""
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+    learner: Learner
+    method: Method
+    pipeline: Pipeline | None  # None: pre-training
+    rewards: Composite | None  # None: none are measured
+    display: Display
+
+    @property
+    def writes(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe reads beside its model: prompts and rewards; pre-training draws its own scenes."""
+
+    prompts: Prompts | None = None
+    rewards: Composite | None = None
+
+
+def check(config: RunConfig) -> Inputs:
+    """Read what the recipe names and be certain of the model: all that can fail before weights load."""
+    if config.method.name in PRETRAIN:
+        return Inputs()
+    model = config.model.pretrained_model_name_or_path
+    loading.resolve(model)
+    loading.check_resolution(model, config.model.resolution)
+    return _online_inputs(config)
+
+
+def unseen(config: RunConfig) -> Prompts:
+    """The prompts for pictures and evaluation: the test split of the suite, or else of the training prompts."""
+    return load_prompts(config.evaluation.suite or config.data.prompts, "test")
+
+
+def _online_inputs(config: RunConfig) -> Inputs:
+    prompts = load_prompts(config.data.prompts)
+    if not config.rewards:
+        raise UserError("the recipe names no reward; add one, for example rewards='{path/to/file.py:function: 1.0}'.")
+    built_in = {name: 1.0 for name in config.rewards if name in BUILT_IN}
+    if config.evaluation.suite is not None and built_in:
+        build_rewards(built_in, unseen(config))
+    elif config.evaluation.suite is not None or config.training.num_validation_prompts:
+        unseen(config)
+    size = min(len(prompts), config.rollout.num_prompts)
+    if size < config.rollout.num_prompts:
+        logger.warning("only %d prompts for rollouts of %d", size, config.rollout.num_prompts)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say it
+    if size % processes:
+        raise UserError(
+            f"a rollout of {size} prompts can't be shared by {processes} processes, each of which takes whole prompts; "
+            f"make rollout.num_prompts a multiple of {processes} that the prompts suffice for."
+        )
+    return Inputs(prompts, build_rewards(config.rewards, prompts))
+
+
+def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inputs, display: Display) -> Run:
+    """Load the model and put everything together, untrained; `inputs` as `check` returned them."""
+    name, pipeline = config.method.name, None
+    if name in PRETRAIN:
+        method = PRETRAIN[name](config.method, config.seed, accelerator.device, config.model.precision)
+    else:
+        pipeline = _prepared(_with_weights(config, accelerator), config, accelerator)
+        rollouts = _rollouts(config, accelerator, inputs, pipeline)
+        method = ONLINE[name](config.method, pipeline, rollouts, config.training.train_batch_size)
+    learner = Learner(method, accelerator, config.optimizer, config.training.max_train_steps)
+    return Run(config, folder, accelerator, learner, method, pipeline, inputs.rewards, display)
+
+
+def _with_weights(config: RunConfig, accelerator: Accelerator) -> Pipeline:
+    return loading.load(
+        config.model.pretrained_model_name_or_path,
+        lora=config.model.lora,
+        frozen=config.method.frozen_roles,
+        precision=config.model.precision,
+        device=accelerator.device,
+        seed=config.seed,
+    )
+
+
+def _prepared(pipeline: Pipeline, config: RunConfig, accelerator: Accelerator) -> Pipeline:
+    """Gradient checkpointing if wanted, and the wrappers that average gradients over several processes."""
+    if config.model.gradient_checkpointing:
+        pipeline.roles.enable_gradient_checkpointing()
+    if accelerator.num_processes > 1:
+        pipeline.roles.wrap(accelerator.prepare_model)
+    return pipeline
+
+
+def _rollouts(config: RunConfig, accelerator: Accelerator, inputs: Inputs, pipeline: Pipeline) -> Rollouts:
+    return Rollouts(
+        pipeline,
+        inputs.prompts,
+        inputs.rewards,
+        config.rollout,
+        config.model.resolution or pipeline.resolution,
+        config.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.gather if accelerator.num_processes > 1 else None,
+    )
