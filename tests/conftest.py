@@ -1,6 +1,7 @@
-"""A real but tiny pipeline on disk, and quiet libraries."""
+"""Real but tiny pipelines on disk, and quiet libraries."""
 
 import os
+from functools import partial
 
 import pytest
 from hypothesis import settings
@@ -33,14 +34,126 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_folder):
-    """Builds trimtab's face of the tiny pipeline, float32 unless told otherwise; `lora=None` is full fine-tuning."""
+def tiny_sd_folder(tmp_path_factory):
+    """The same as Stable Diffusion 1.5: a UNet of two levels, width 32, and the scheduler of the published folder."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    def build(tokenizer, config):
+        return StableDiffusionPipeline(
+            unet=_unet(("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=config.hidden_size),
+            scheduler=PNDMScheduler(**TABLE, skip_prk_steps=True, steps_offset=1),
+            vae=_vae(0.18215),
+            text_encoder=CLIPTextModel(config).eval(),
+            tokenizer=tokenizer,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    return _saved(build, tmp_path_factory.mktemp("tiny-sd"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21_folder(tiny_sd_folder, tmp_path_factory):
+    """The same with the scheduler of Stable Diffusion 2.1: its network predicts v."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("tiny-sd21")
+    settings = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "v_prediction"}
+    scheduler = DDIMScheduler(**TABLE, **settings)
+    StableDiffusionPipeline.from_pretrained(tiny_sd_folder, scheduler=scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory):
+    """The same as Stable Diffusion XL, whose scheduler's file holds a key that only other schedulers read."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    def build(tokenizer, config):
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True}
+        added["projection_class_embeddings_input_dim"] = 6 * 8 + config.projection_dim
+        scheduler = TABLE | {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+        return StableDiffusionXLPipeline(
+            unet=_unet(("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=2 * config.hidden_size, **added),
+            scheduler=EulerDiscreteScheduler.from_config(scheduler),
+            vae=_vae(0.13025),
+            text_encoder=CLIPTextModel(config).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(config).eval(),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+        )
+
+    return _saved(build, tmp_path_factory.mktemp("tiny-sdxl"))
+
+
+TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # of every Stable Diffusion
+
+
+def _saved(build, folder):
+    """The folder, with the pipeline that `build(tokenizer, CLIP's config)` makes of random weights."""
+    import torch
+
+    from trimtab.pipelines import micro
+
+    small = micro.build(seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        build(small.tokenizer, small.text_encoder.config).save_pretrained(folder)
+    return folder
+
+
+def _unet(down, **settings):
+    """Two levels on 8 x 8 latents."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 32),
+        down_block_types=down,
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        attention_head_dim=4,
+        norm_num_groups=8,
+        **settings,
+    ).eval()
+
+
+def _vae(scaling_factor):
+    """From 32 x 32 pixels to 8 x 8 latents."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        scaling_factor=scaling_factor,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(4)  # for pictures with contrast
+    return vae.eval()
+
+
+@pytest.fixture(scope="session")
+def build_face():
+    """Builds trimtab's face of a folder, float32 unless told otherwise; `lora=None` is full fine-tuning."""
     import torch
 
     from trimtab.pipelines.loading import load
     from trimtab.roles import LoraSettings
 
-    def build(lora=LoraSettings(rank=4, lora_alpha=16), frozen=(), precision=torch.float32):  # noqa: B008
-        return load(str(tiny_folder), lora=lora, frozen=frozen, precision=precision)
+    def build(folder, lora=LoraSettings(rank=4, lora_alpha=16), frozen=(), precision=torch.float32):  # noqa: B008
+        return load(str(folder), lora=lora, frozen=frozen, precision=precision)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder, build_face):
+    """Builds the face of the tiny SD3."""
+    return partial(build_face, tiny_folder)

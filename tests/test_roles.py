@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,9 +15,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
+from trimtab.pipelines.sd3 import SD3
 from trimtab.roles import REFERENCE, LoraSettings, Roles
 
-LORA = LoraSettings(rank=4, lora_alpha=8)
+LORA = LoraSettings(rank=4, lora_alpha=8, target_modules=SD3.TARGETS)
 TOY_LORA = LoraSettings(rank=2, lora_alpha=2, target_modules=("0", "2"))
 EITHER = pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 
@@ -118,7 +120,7 @@ def copied_as_float(roles: Roles, role: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
 def test_a_lora_starts_from_its_seed_alone_and_leaves_the_global_generator_alone(init):
-    settings = LoraSettings(rank=4, lora_alpha=8, init=init)
+    settings = replace(LORA, init=init)
     network, half = sd3(), sd3().bfloat16()
     state = torch.get_rng_state()
     starts = [Roles(network, lora=settings, seed=7).parameters("default")]
@@ -527,7 +529,7 @@ def test_a_lora_state_has_pefts_names_and_gives_the_role_in_stock_diffusers():
     fresh.load_lora("old", state)
     assert torch.equal(predict(fresh, "old"), predict(roles, "fake"))
     with pytest.raises(UserError, match="this network has"):
-        Roles(sd3(), lora=LoraSettings(rank=2, lora_alpha=8)).load_lora("default", state)
+        Roles(sd3(), lora=replace(LORA, rank=2)).load_lora("default", state)
 
 
 def test_the_peft_config_gives_the_role_in_stock_peft():
@@ -555,6 +557,11 @@ def test_targets_that_are_no_linear_modules_are_refused_with_those_that_are():
         Roles(sd3(), lora=LoraSettings(target_modules=("attn",)))
     with pytest.raises(UserError, match=r"'conv1' names .*conv1, which is not a Linear"):
         Roles(unet(), lora=LoraSettings(target_modules=("conv1",)))
+
+
+def test_a_lora_without_targets_is_refused_for_a_bare_network_does_not_say_which():
+    with pytest.raises(ValueError, match="without target modules"):
+        Roles(sd3(), lora=LoraSettings())
 
 
 def test_a_network_that_carries_adapters_is_refused():

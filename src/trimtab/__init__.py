@@ -3,4 +3,13 @@
 from trimtab.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__"]
+__all__ = ["UserError", "__version__", "load_soft_tokens", "unload_soft_tokens"]
+
+
+def __getattr__(name: str):
+    """Soft tokens are imported when they are asked for: diffusers takes seconds to come."""
+    if name in ("load_soft_tokens", "unload_soft_tokens"):
+        from trimtab.pipelines import soft_tokens
+
+        return getattr(soft_tokens, name)
+    raise AttributeError(f"module 'trimtab' has no attribute {name!r}")

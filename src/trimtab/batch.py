@@ -1,4 +1,4 @@
-"""What flows between the rooms: prompts, what a text encoder made of them, and grouped samples with their rewards."""
+"""What flows between the rooms: prompts, what a text encoder made of them, captioned pictures, and grouped samples."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,18 +28,34 @@ class Condition:
     """P encoded prompts. A token may stand for several equal ones: `weight` (L,) says how many; None is one each."""
 
     tokens: Tensor  # (P, L, D)
-    pooled: Tensor  # (P, D')
+    pooled: Tensor | None  # (P, D'); None: the model has none
     weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, items: Tensor) -> Self:
-        return replace(self, tokens=self.tokens[items], pooled=self.pooled[items])
+    def __getitem__(self, items: Tensor | slice) -> Self:
+        return replace(self, tokens=self.tokens[items], pooled=None if self.pooled is None else self.pooled[items])
 
     def expand(self, size: int) -> Self:
         """One prompt for `size` samples, without copying."""
-        return replace(self, tokens=self.tokens.expand(size, -1, -1), pooled=self.pooled.expand(size, -1))
+        pooled = None if self.pooled is None else self.pooled.expand(size, -1)
+        return replace(self, tokens=self.tokens.expand(size, -1, -1), pooled=pooled)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """B pictures with a caption each; no two pictures and no two captions are equal."""
+
+    x0: Tensor  # (B, C, h, w) clean latents
+    condition: Condition  # B
+    text: tuple[str, ...]
+    index: tuple[int, ...]  # of each picture within its source; it seeds the picture's noise
+    seed: int
+    step: int
+
+    def __len__(self) -> int:
+        return len(self.x0)
 
 
 @dataclass(frozen=True)

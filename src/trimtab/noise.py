@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROLLOUT, TIMES, TRAINING, ORDER = range(4)  # what a draw is for: the last number of its key, so that none repeats
+# What a draw is for: the last number of its key, so that none repeats.
+ROLLOUT, TIMES, TRAINING, ORDER, POSTERIOR, SPARES = range(6)
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -65,6 +65,11 @@ class Prediction:
             return widened(self.value)
         return self.eps - self.x0
 
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What the network should have said (B, ...), given the truth: a x_0 + b eps."""
+        _, _, a, b = self._coefficients()
+        return a * x0 + b * eps
+
     def _coefficients(self) -> tuple:
         """alpha, sigma, a, b; the first two in at least float32, to which they raise whatever they multiply."""
         alpha = over(self.process.alpha(self.t), self.x_t)  # (B, 1, ...)

@@ -5,16 +5,25 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from trimtab.captioned import CaptionedConfig
 from trimtab.config import Strict
+from trimtab.methods.agsm import AGSMConfig
 from trimtab.methods.crd import CRDConfig
 from trimtab.methods.diffusion_nft import DiffusionNFTConfig
 from trimtab.methods.pretrain import PretrainMicroConfig, PretrainRecognizerConfig, PretrainVAEConfig
+from trimtab.methods.softrepa import SoftREPAConfig
 from trimtab.optimizer import OptimizerConfig
-from trimtab.roles import SD3_ATTENTION, LoraSettings
+from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig
 
 MethodConfig = Annotated[
-    CRDConfig | DiffusionNFTConfig | PretrainVAEConfig | PretrainMicroConfig | PretrainRecognizerConfig,
+    CRDConfig
+    | DiffusionNFTConfig
+    | AGSMConfig
+    | SoftREPAConfig
+    | PretrainVAEConfig
+    | PretrainMicroConfig
+    | PretrainRecognizerConfig,
     Field(discriminator="name"),
 ]
 
@@ -23,10 +32,11 @@ class ModelConfig(Strict):
     """Which model, and which of its weights learn."""
 
     pretrained_model_name_or_path: str = "micro"
+    adapter: str | None = None  # a LoRA merged into the model before soft tokens are trained
     finetune_type: Literal["lora", "full"] = "lora"
     rank: int = Field(32, gt=0)
     lora_alpha: int = Field(64, gt=0)
-    target_modules: tuple[str, ...] = SD3_ATTENTION
+    target_modules: tuple[str, ...] | None = Field(None, min_length=1)  # None: what suits the model
     resolution: int | None = Field(None, gt=0)  # pixels a side; None: what the model was made for
     mixed_precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
@@ -43,9 +53,16 @@ class ModelConfig(Strict):
 
 
 class DataConfig(Strict):
-    """`blocks`, a .txt or .jsonl file, or a folder with `train` and `test` files."""
+    """Prompts for methods that sample, pictures with captions for those that learn from pictures."""
 
-    prompts: str = "blocks"
+    prompts: str = "blocks"  # or a .txt or .jsonl file, or a folder with `train` and `test` files
+    pictures: str = "blocks"  # or a folder with metadata.jsonl (file_name, text), or with a .txt beside each picture
+    on_error: Literal["stop", "skip"] = "stop"  # for a picture or caption that can't be used
+    num_workers: int = Field(2, ge=0)  # processes that decode pictures
+    cache: bool = True  # latents and text embeddings on disk, by content
+
+    def captioned(self, batch_size: int) -> CaptionedConfig:
+        return CaptionedConfig(batch_size=batch_size, num_workers=self.num_workers, cache=self.cache)
 
 
 class TrainingConfig(Strict):

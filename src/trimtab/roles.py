@@ -32,16 +32,17 @@ from trimtab.errors import UserError
 
 REFERENCE = "ref"  # the pre-trained weights: always there, never trained, never saved
 
-SD3_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LoraSettings:
-    """A LoRA's shape; the defaults are CRD's for SD3.5-M. A target module is the end of the names of Linear modules."""
+    """A LoRA's shape; the defaults are CRD's for SD3.5-M. A target module is the end of the names of Linear modules.
+
+    No target modules means those of the pipeline, which `loading.load` fills in.
+    """
 
     rank: int = Field(default=32, gt=0)
     lora_alpha: int = Field(default=64, gt=0)
-    target_modules: tuple[str, ...] = Field(default=SD3_ATTENTION, min_length=1)
+    target_modules: tuple[str, ...] | None = Field(default=None, min_length=1)
     init: Literal["gaussian", "kaiming"] = "gaussian"  # of A: N(0, 1/rank^2), or PEFT's own default; B is zero
 
     def peft_config(self) -> LoraConfig:
@@ -257,6 +258,8 @@ def _copies(network: nn.Module, trained: Sequence[str], frozen: Sequence[str]) -
 
 def _inject(network: nn.Module, roles: Sequence[str], lora: LoraSettings) -> dict[str, LoraLayer]:
     """Put one adapter per role into the network, float32 at least; its own weights are frozen."""
+    if lora.target_modules is None:
+        raise ValueError("a LoRA without target modules was given; name some, or let loading.load take the pipeline's")
     _check_targets(network, lora.target_modules)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # PEFT draws values, which are not used
         tuner = LoraModel(network, {roles[0]: lora.peft_config()}, roles[0])

@@ -9,10 +9,11 @@ from typing import Protocol
 from accelerate import Accelerator
 
 from trimtab.batch import Prompts
+from trimtab.captioned import Captioned
 from trimtab.errors import UserError
 from trimtab.learner import Learner
 from trimtab.method import Method
-from trimtab.methods import crd, diffusion_nft, pretrain
+from trimtab.methods import agsm, crd, diffusion_nft, pretrain, softrepa
 from trimtab.pipelines import Pipeline, loading
 from trimtab.recipe import RunConfig
 from trimtab.rewards import BUILT_IN
@@ -20,10 +21,12 @@ from trimtab.rewards import build as build_rewards
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import Rollouts
 from trimtab.worlds.files import load_prompts
+from trimtab.worlds.pictures import Pictures, load_pictures
 
 logger = logging.getLogger(__name__)
 
-ONLINE = {"crd": crd.CRD, "diffusion-nft": diffusion_nft.DiffusionNFT}
+ONLINE = {"crd": crd.CRD, "diffusion-nft": diffusion_nft.DiffusionNFT}  # prompts and rewards; trains weights
+CAPTIONED = {"agsm": agsm.AGSM, "softrepa": softrepa.SoftREPA}  # pictures with captions; trains soft tokens
 PRETRAIN = {
     "pretrain-vae": pretrain.PretrainVAE,
     "pretrain-micro": pretrain.PretrainMicro,
@@ -60,10 +63,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe reads beside its model: prompts and rewards; pre-training draws its own scenes."""
+    """What a recipe reads beside its model: prompts and rewards, or captioned pictures; pre-training draws its own."""
 
     prompts: Prompts | None = None
     rewards: Composite | None = None
+    pictures: Pictures | None = None
 
 
 def check(config: RunConfig) -> Inputs:
@@ -73,12 +77,21 @@ def check(config: RunConfig) -> Inputs:
     model = config.model.pretrained_model_name_or_path
     loading.resolve(model)
     loading.check_resolution(model, config.model.resolution)
+    if config.model.adapter is not None:
+        loading.check_adapter(config.model.adapter, model)
+    if config.method.name in CAPTIONED:
+        return _captioned_inputs(config)
     return _online_inputs(config)
 
 
 def unseen(config: RunConfig) -> Prompts:
     """The prompts for pictures and evaluation: the test split of the suite, or else of the training prompts."""
     return load_prompts(config.evaluation.suite or config.data.prompts, "test")
+
+
+def _captioned_inputs(config: RunConfig) -> Inputs:
+    rewards = build_rewards(config.rewards, unseen(config)) if config.rewards else None
+    return Inputs(rewards=rewards, pictures=load_pictures(config.data.pictures, config.data.on_error))
 
 
 def _online_inputs(config: RunConfig) -> Inputs:
@@ -107,6 +120,9 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
     name, pipeline = config.method.name, None
     if name in PRETRAIN:
         method = PRETRAIN[name](config.method, config.seed, accelerator.device, config.model.precision)
+    elif name in CAPTIONED:
+        pipeline = _prepared(_with_tokens(config, accelerator), config, accelerator)
+        method = CAPTIONED[name](config.method, pipeline, _captioned(config, folder, accelerator, inputs, pipeline))
     else:
         pipeline = _prepared(_with_weights(config, accelerator), config, accelerator)
         rollouts = _rollouts(config, accelerator, inputs, pipeline)
@@ -124,6 +140,22 @@ def _with_weights(config: RunConfig, accelerator: Accelerator) -> Pipeline:
         device=accelerator.device,
         seed=config.seed,
     )
+
+
+def _with_tokens(config: RunConfig, accelerator: Accelerator) -> Pipeline:
+    pipeline = loading.load_with_tokens(
+        config.model.pretrained_model_name_or_path,
+        config.model.adapter,
+        config.method.tokens,
+        num_signs=config.method.num_signs,
+        roles=config.method.roles,
+        precision=config.model.precision,
+        device=accelerator.device,
+        seed=config.seed,
+    )
+    if config.method.tokens_start == "empty-prompt":
+        pipeline.roles.start_at(pipeline.encode([""]).tokens[0, 0])
+    return pipeline
 
 
 def _prepared(pipeline: Pipeline, config: RunConfig, accelerator: Accelerator) -> Pipeline:
@@ -146,4 +178,19 @@ def _rollouts(config: RunConfig, accelerator: Accelerator, inputs: Inputs, pipel
         accelerator.process_index,
         accelerator.num_processes,
         accelerator.gather if accelerator.num_processes > 1 else None,
+    )
+
+
+def _captioned(
+    config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inputs, pipeline: Pipeline
+) -> Captioned:
+    return Captioned(
+        pipeline,
+        inputs.pictures,
+        config.data.captioned(config.training.train_batch_size),
+        config.model.resolution or pipeline.resolution,
+        config.seed,
+        folder.parent / "cache",
+        accelerator.process_index,
+        accelerator.num_processes,
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from trimtab.batch import Condition
@@ -14,11 +15,13 @@ from trimtab.roles import Roles
 
 
 class Pipeline(Protocol):
-    """A text-to-image model with roles. Latents are its own business outside `encode_images` and `decode`."""
+    """A text-to-image model with roles. Latents are its own business outside `posterior` and `decode`."""
 
+    pipe: DiffusionPipeline
     roles: Roles
     process: Process
     device: torch.device
+    precision: torch.dtype  # of its computations
 
     @property
     def resolution(self) -> int:
@@ -31,12 +34,18 @@ class Pipeline(Protocol):
         """Falling times (T + 1,) of the model's own scheduler."""
 
     def encode(self, texts: Sequence[str]) -> Condition:
-        """The condition of P prompts."""
+        """The condition of P prompts; each distinct prompt is encoded once."""
+
+    def embed(self, texts: Sequence[str]) -> Condition:
+        """The same with gradient and without memory."""
 
     def predict(
         self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0
     ) -> Prediction:
         """What the weights of `role` say at x_t (B, ...) and t, () or (B,), for B conditions; w = 1 is no guidance."""
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the latents of pictures (B, 3, H, W) in [0, 1]."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [0, 1]."""

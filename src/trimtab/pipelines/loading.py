@@ -2,8 +2,9 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,22 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import UserError
-from trimtab.pipelines import Pipeline
+from trimtab.pipelines import Pipeline, unet
+from trimtab.pipelines.sd import SD
 from trimtab.pipelines.sd3 import SD3
+from trimtab.pipelines.sdxl import SDXL
 from trimtab.roles import LoraSettings, Roles
 
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = {"micro": ASSETS / "micro"}
-FACES = {"StableDiffusion3Pipeline": SD3}
+FACES = {
+    "StableDiffusion3Pipeline": SD3,
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionImg2ImgPipeline": SD,  # the same parts, saved after another use
+    "StableDiffusionXLPipeline": SDXL,
+}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -33,6 +41,9 @@ def resolve(model: str) -> str:
     kind = index.get("_class_name")
     if kind not in FACES:
         raise UserError(f"model {model!r} is a {kind}; trimtab supports {', '.join(FACES)}.")
+    if FACES[kind].NETWORK == "unet":
+        scheduler = index.get("scheduler") or [None]
+        unet.check_scheduler(scheduler[-1], _json(path, "scheduler/scheduler_config.json", model), model)
     return path
 
 
@@ -43,11 +54,16 @@ def check_resolution(model: str, resolution: int | None) -> None:
     path = resolve(model)
     network = _json(path, f"{FACES[_index(path, model)['_class_name']].NETWORK}/config.json", model)
     vae = _json(path, "vae/config.json", model)
-    step = 2 ** (len(vae["block_out_channels"]) - 1) * network["patch_size"]
-    most = network["pos_embed_max_size"] * step
+    step, most = 2 ** (len(vae["block_out_channels"]) - 1), math.inf
+    if "block_out_channels" in network:  # a UNet, which halves its input between any two of its blocks
+        step *= 2 ** (len(network["block_out_channels"]) - 1)
+    else:
+        step *= network.get("patch_size", 1)
+        most = network.get("pos_embed_max_size", 1024) * step
     if resolution % step or resolution > most:
+        limit = "" if most == math.inf else f" up to {most}"
         raise UserError(
-            f"resolution {resolution} does not suit model {model!r}; give a multiple of {step} pixels up to {most}."
+            f"resolution {resolution} does not suit model {model!r}; give a multiple of {step} pixels{limit}."
         )
 
 
@@ -88,8 +104,10 @@ def load(
     seed: int = 0,
 ) -> Pipeline:
     """A pipeline with the roles `default`, those of `frozen`, and `ref`. Under LoRA the backbone is in `precision`;
-    weights that train are float32."""
+    weights that train are float32. A LoRA without target modules gets those of the pipeline's face."""
     face, pipe = _stock(model, precision, precision if lora else torch.float32)
+    if lora is not None and lora.target_modules is None:
+        lora = replace(lora, target_modules=face.TARGETS)
     pipe.to(device)
     network = getattr(pipe, face.NETWORK)
     return face(pipe, Roles(network, trained=("default",), frozen=frozen, lora=lora, seed=seed), precision)

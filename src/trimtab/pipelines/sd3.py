@@ -7,22 +7,22 @@ same output for less work: exp(s + log n) = n exp(s). `encode` folds them; `Weig
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.batch import Condition
+from trimtab.pipelines import parts
 from trimtab.prediction import Prediction
 from trimtab.process import RectifiedFlow
 from trimtab.roles import Roles
-from trimtab.solvers import guided, time_grid
+from trimtab.solvers import time_grid
 
 MAX_TEXT_TOKENS = 256  # of T5; the default of StableDiffusion3Pipeline
 
@@ -32,23 +32,21 @@ class SD3:
 
     NETWORK = "transformer"
     PIPELINE = StableDiffusion3Pipeline
+    TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def __init__(self, pipe: StableDiffusion3Pipeline, roles: Roles, precision: torch.dtype):
         self.pipe, self.roles, self.precision = pipe, roles, precision
         self.process = RectifiedFlow()
         self.device = next(roles.network.parameters()).device
         roles.network.set_attn_processor(WeightedAttention())
-        for module in roles.network.modules():
-            if isinstance(module, LoraLayer):  # autocast casts; PEFT would cast up first, for nothing
-                module.cast_input_dtype_enabled = precision == torch.float32
-        self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
+        parts.leave_casts_to_autocast(roles.network, precision)
+        self._memory: dict[str, Condition] = {}
         self._weight = self._folded()
         self.unconditional = self.encode([""])
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Channels, height and width of the latents of a square picture, `resolution` pixels a side."""
-        side = resolution // self.pipe.vae_scale_factor
-        return self.roles.network.config.in_channels, side, side
+        return parts.latent_shape(self.pipe, self.roles.network, resolution)
 
     @property
     def resolution(self) -> int:
@@ -62,12 +60,7 @@ class SD3:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts; each distinct prompt is encoded once."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
-        if new:
-            condition = self.embed(new)
-            self._embeddings |= dict(zip(new, zip(condition.tokens, condition.pooled, strict=True), strict=True))
-        tokens, pooled = zip(*(self._embeddings[text] for text in texts), strict=True)
-        return Condition(torch.stack(tokens), torch.stack(pooled), self._weight)
+        return parts.remembered(self._memory, texts, self.embed)
 
     def embed(self, texts: Sequence[str]) -> Condition:
         """The same with gradient and without memory, for whoever trains the text encoders."""
@@ -82,48 +75,33 @@ class SD3:
         self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0
     ) -> Prediction:
         """The flow at x_t (B, C, h, w) and t, () or (B,), given one encoded prompt a sample; w = 1 is one pass."""
-        time = t.expand(len(x_t)).to(x_t)
-        if guidance_scale == 1:
-            return Prediction(self._flow(role, x_t, time, condition), "flow", x_t, t, self.process)
-        null = self.unconditional.expand(len(x_t))
-        tokens, pooled = torch.cat([null.tokens, condition.tokens]), torch.cat([null.pooled, condition.pooled])
-        both = Condition(tokens, pooled, condition.weight)
-        uncond, cond = self._flow(role, x_t.repeat(2, 1, 1, 1), time.repeat(2), both).chunk(2)
-        return Prediction(guided(cond, uncond, guidance_scale), "flow", x_t, t, self.process)
+        time, flow = t.expand(len(x_t)).to(x_t), partial(self._flow, role)
+        value = parts.guided_output(flow, x_t, time, condition, self.unconditional, guidance_scale)
+        return Prediction(value, "flow", x_t, t, self.process)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [0, 1]."""
-        vae = self.pipe.vae
-        with self._autocast():
-            images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp_(0, 1)
+        with parts.autocast(self.device, self.precision):
+            return parts.decode(self.pipe.vae, latents)
 
-    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1]: the mean of the auto-encoder's posterior."""
-        vae = self.pipe.vae
-        with self._autocast():
-            mean = vae.encode(images.to(self.device) * 2 - 1).latent_dist.mean
-        return (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
+        return self.posterior(images)[0]
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the latents of pictures (B, 3, H, W) in [0, 1]."""
+        with parts.autocast(self.device, self.precision):
+            return parts.posterior(self.pipe.vae, images)
 
     def export(self, folder: Path, role: str) -> None:
         """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline."""
-        if self.roles.lora is None:
-            own = {self.NETWORK: self.roles.module(role)}
-            self.PIPELINE(**(self.pipe.components | own)).save_pretrained(folder)
-            return
-        state, config = self.roles.lora_state(role), self.roles.lora.peft_config()
-        state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-        self.PIPELINE.save_lora_weights(
-            folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict()
-        )
-        save_file({f"base_model.model.{name}": t for name, t in state.items()}, folder / "adapter_model.safetensors")
-        config.save_pretrained(folder)
+        parts.export(self.pipe, self.NETWORK, self.roles, folder, role)
 
     def _flow(self, role: str, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         weight = {} if condition.weight is None else {"log_weight": condition.weight.log()}
-        with self._autocast():
+        with parts.autocast(self.device, self.precision):
             return self.roles(
                 role,
                 hidden_states=x_t,
@@ -133,10 +111,6 @@ class SD3:
                 joint_attention_kwargs=weight,
                 return_dict=False,
             )[0].float()
-
-    def _autocast(self) -> torch.autocast:
-        """A new region for every forward: a longer one would keep casts of weights that have changed since."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _folded(self) -> Tensor | None:
         """What each text token counts for (L,) where T5's all are one; None where they may differ.
@@ -176,7 +150,10 @@ class WeightedAttention:
             parts.append(self._heads(attn, encoder_hidden_states, projections, (attn.norm_added_q, attn.norm_added_k)))
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))  # (B, heads, N + L, d)
         counted = encoder_hidden_states is not None and log_weight is not None
-        bias = F.pad(log_weight, (num_pixels, 0)).to(value)[None, None, None] if counted else None  # (1, 1, 1, N + L)
+        bias = None
+        if counted:  # pixels and soft tokens, which stand before and after, count once
+            around = (num_pixels, key.shape[2] - num_pixels - len(log_weight))
+            bias = F.pad(log_weight, around).to(value)[None, None, None]  # (1, 1, 1, N + L)
         with _kernel(value):
             out = F.scaled_dot_product_attention(query.to(value), key.to(value), value, attn_mask=bias)
         out = out.transpose(1, 2).flatten(2)  # (B, N + L, D)

@@ -1,0 +1,391 @@
+"""Batches of encoded captioned pictures, for methods that learn from pictures: the peer of `rollout.py`.
+
+Which pictures a step shows, under which of their captions and with which noise is a function of (seed, step) and the
+data alone, so that a resume needs no state and replays nothing. Workers read, and decode what is in no cache, ahead of
+need; encoding happens here, a batch at a time.
+
+Both encodings are kept on disk by content. Latents are wanted again in every pass, and a picture's posterior does not
+change. Texts are, too: what `Pipeline.encode` remembers would outgrow any memory (SD3.5 makes 333 x 4096 numbers of a
+caption), and a second run need not call T5's 4.7 billion parameters at all. What comes from disk is bit for bit what
+was computed.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from trimtab import noise
+from trimtab.batch import Captions, Condition
+from trimtab.config import Strict
+from trimtab.errors import UserError
+from trimtab.files import atomic_write
+from trimtab.pipelines import Pipeline
+from trimtab.worlds.pictures import CURE, Pictures, Unusable
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of cache files: count on when the same weights come to encode differently
+STATS = ("mean", "std")  # of a picture's latents
+MOST_AT_ONCE = 8  # pictures that the auto-encoder gets; its memory, not its speed, grows with them
+
+Visit = tuple[int, int]  # the number of a picture, and that of one of its captions
+
+
+class CaptionedConfig(Strict):
+    """What one step of training on captioned pictures takes."""
+
+    batch_size: int = Field(4, gt=0)  # pictures a step on each process
+    num_workers: int = Field(2, ge=0)  # processes that read and decode; 0: none, and nothing is read ahead
+    cache: bool = True  # latents and text embeddings on disk
+
+
+# ---- which pictures
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which pictures the steps show. A pass is a new order of all; what its last step does not fill is not shown.
+
+    Where a step already has a picture's caption, the picture comes in a later step of the pass. Where a caption has
+    more pictures than the pass has steps, others are shown again in their place.
+    """
+
+    meanings: tuple[tuple[int, ...], ...]  # of each picture's captions; equal numbers are equal captions
+    size: int  # pictures a step, over all processes
+    seed: int
+
+    def steps(self, start: int) -> Iterator[tuple[int, list[Visit]]]:
+        """Step after step with its visits, without end."""
+        for step in itertools.count(start):
+            number, place = divmod(step, len(self.meanings) // self.size)
+            if step == start or place == 0:
+                epoch = self.epoch(number)
+            yield step, epoch[place]
+
+    def epoch(self, number: int) -> list[list[Visit]]:
+        """The steps of one pass; UserError if there are too few different captions for one."""
+        visits = self._visits(number)
+        of_caption = {self.meaning(visit): visit for visit in visits}
+        if len(of_caption) < self.size:
+            raise UserError(
+                f"only {len(of_caption)} different captions for batches of {self.size} pictures, which must differ in "
+                "theirs; add pictures with other captions, or make training.train_batch_size smaller."
+            )
+        fresh, again = iter(visits), itertools.cycle(of_caption.values())
+        waiting: dict[int, deque[Visit]] = {}
+        return [self._step(fresh, waiting, again) for _ in range(len(visits) // self.size)]
+
+    def spares(self, step: int, shown: Sequence[Visit]) -> Iterator[Visit]:
+        """Every picture that a step does not show, in an order of that step's own."""
+        generator = noise.generator(self.seed, step, noise.SPARES)
+        taken = {picture for picture, _ in shown}
+        for picture in torch.randperm(len(self.meanings), generator=generator).tolist():
+            if picture not in taken:
+                caption = torch.randint(len(self.meanings[picture]), (), generator=generator)
+                yield picture, int(caption)
+
+    def meaning(self, visit: Visit) -> int:
+        picture, caption = visit
+        return self.meanings[picture][caption]
+
+    def _visits(self, number: int) -> list[Visit]:
+        """Each picture once, with one of its captions at random: of those that none before it has, if there are any."""
+        generator = noise.generator(self.seed, number, noise.ORDER)
+        order = torch.randperm(len(self.meanings), generator=generator).tolist()
+        luck = torch.rand(len(order), generator=generator).tolist()
+        visits, used = [], set()
+        for picture, u in zip(order, luck, strict=True):
+            captions = range(len(self.meanings[picture]))
+            free = [c for c in captions if self.meanings[picture][c] not in used] or captions
+            visits.append((picture, free[int(u * len(free))]))
+            used.add(self.meaning(visits[-1]))
+        return visits
+
+    def _step(self, fresh: Iterator[Visit], waiting: dict[int, deque[Visit]], again: Iterator[Visit]) -> list[Visit]:
+        """Those that wait come first, then new ones, then, when there are no more, others again."""
+        step: dict[int, Visit] = {}
+        for meaning in list(itertools.islice(waiting, self.size)):
+            step[meaning] = waiting[meaning].popleft()
+            if not waiting[meaning]:
+                del waiting[meaning]
+        while len(step) < self.size and (visit := next(fresh, None)):
+            if self.meaning(visit) in step:
+                waiting.setdefault(self.meaning(visit), deque()).append(visit)
+            else:
+                step[self.meaning(visit)] = visit
+        while len(step) < self.size:
+            visit = next(again)
+            step.setdefault(self.meaning(visit), visit)
+        return list(step.values())
+
+
+def _numbered(pictures: Pictures) -> tuple[tuple[int, ...], ...]:
+    """A number for each meaning of each picture's captions."""
+    numbers: dict[str, int] = {}
+    return tuple(
+        tuple(numbers.setdefault(pictures.meaning(text), len(numbers)) for text in captions)
+        for captions in pictures.captions
+    )
+
+
+# ---- what is on disk
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a cache knows under a key; None: nothing yet."""
+
+    key: str
+    tensors: Mapping[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One safetensors file for each content, under a folder; None: nothing is kept. What can't be read isn't there."""
+
+    folder: Path | None
+    maker: str  # of the tensors: weights, and all else that they depend on beside the content
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def key(self, content: bytes) -> str:
+        return hashlib.sha256(f"{FORMAT} {self.maker} ".encode() + content).hexdigest()
+
+    def find(self, key: str) -> Entry:
+        if self.folder is None:
+            return Entry(key, None)
+        try:
+            tensors = load(self._file(key).read_bytes())
+        except (OSError, SafetensorError):
+            return Entry(key, None)
+        whole = {name: tuple(x.shape) for name, x in tensors.items()} == self.shapes
+        return Entry(key, {name: x.float() for name, x in tensors.items()} if whole else None)
+
+    def write(self, entry: Entry) -> None:
+        if self.folder is None:
+            return
+        packed = {name: _packed(tensor.cpu().contiguous()) for name, tensor in entry.tensors.items()}
+        try:
+            atomic_write(self._file(entry.key), save(packed))
+        except OSError as error:
+            raise UserError(
+                f"cache folder {self.folder} cannot be written ({error.strerror}); make room, or set data.cache=false."
+            ) from error
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """In half the bytes, where nothing is lost: text encoders in bf16 say nothing finer."""
+    half = tensor.bfloat16()
+    return half if torch.equal(half.float(), tensor) else tensor
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """Of modules, their configs and weights; of tokenizers, everything."""
+    digest = hashlib.sha256()
+    for name, part in sorted(parts.items()):
+        digest.update(name.encode())
+        if not isinstance(part, nn.Module):
+            digest.update(part.backend_tokenizer.to_str().encode())
+            continue
+        config = part.config.to_dict() if hasattr(part.config, "to_dict") else part.config
+        known = {key: value for key, value in config.items() if not key.startswith("_")}  # no paths
+        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+        for key, tensor in part.state_dict().items():
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _parts(pipeline: Pipeline, *beginnings: str) -> dict[str, Any]:
+    parts = pipeline.pipe.components.items()
+    return {name: part for name, part in parts if name.startswith(beginnings) and part is not None}
+
+
+def _tensors(condition: Condition) -> dict[str, Tensor]:
+    """What differs from prompt to prompt."""
+    tensors = {"tokens": condition.tokens, "pooled": condition.pooled}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+# ---- what workers do
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture and a caption, read."""
+
+    index: int
+    text: str
+    posterior: Entry
+    embedding: Entry
+    pixels: Tensor | None  # (3, H, W) uint8; None: the posterior is known
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What there is of a process' share of a step, and the pictures that proved broken."""
+
+    items: tuple[Item, ...]
+    broken: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The data set of a `DataLoader` whose indices are a step's number and visits. It runs in the workers."""
+
+    pictures: Pictures
+    order: Order
+    latents: Cache
+    texts: Cache
+    resolution: int
+    rank: int
+    num_processes: int
+
+    def __getitem__(self, wanted: tuple[int, Sequence[Visit]]) -> Reading:
+        """Pictures that are broken are replaced by spares, of which each process has its own, or end the reading."""
+        step, shown = wanted
+        mine = shown[self.rank :: self.num_processes]
+        spares = itertools.islice(self.order.spares(step, shown), self.rank, None, self.num_processes)
+        items: dict[int, Item] = {}
+        broken: dict[int, str] = {}
+        for visit in itertools.chain(mine, spares):
+            meaning = self.order.meaning(visit)
+            try:
+                items |= {} if meaning in items else {meaning: self._item(*visit)}
+            except Unusable as error:
+                broken[visit[0]] = str(error)
+            if len(items) == len(mine) or (broken and self.pictures.on_error == "stop"):
+                break
+        return Reading(tuple(items.values()), broken)
+
+    def _item(self, picture: int, caption: int) -> Item:
+        data, text = self.pictures.data(picture), self.pictures.captions[picture][caption]
+        posterior = self.latents.find(self.latents.key(data))
+        pixels = self.pictures.decode(picture, data, self.resolution) if posterior.tensors is None else None
+        embedding = self.texts.find(self.texts.key(text.encode()))
+        return Item(picture, text, posterior, embedding, pixels)
+
+
+# ---- batches
+
+
+class Captioned:
+    """Makes the batch of a step. Each process has other pictures; no two of a batch have the same caption."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        pictures: Pictures,
+        config: CaptionedConfig,
+        resolution: int,
+        seed: int,
+        cache_folder: Path,
+        rank: int = 0,
+        num_processes: int = 1,
+    ):
+        self.pipeline, self.pictures, self.config, self.seed = pipeline, pictures, config, seed
+        self.order = Order(_numbered(pictures), config.batch_size * num_processes, seed)
+        self.order.epoch(0)  # raises UserError where the captions don't suffice
+        self.empty = pipeline.encode([""])  # the shape of a condition
+        latents = texts = Cache(None, "", {})
+        if config.cache:
+            vae, encoders = fingerprint(_parts(pipeline, "vae")), fingerprint(_parts(pipeline, "text", "tokenizer"))
+            maker = f"{vae} {pipeline.precision} {resolution}"
+            latents = Cache(cache_folder / "latents", maker, dict.fromkeys(STATS, pipeline.latent_shape(resolution)))
+            shapes = {name: tuple(x.shape[1:]) for name, x in _tensors(self.empty).items()}
+            texts = Cache(cache_folder / "texts", encoders, shapes)
+        self.reader = Reader(pictures, self.order, latents, texts, resolution, rank, num_processes)
+        self.broken: dict[int, str] = {}  # pictures that proved so on the way, and why
+        self._ahead: Iterator[Reading] | None = None
+        self._next = -1  # the step that `_ahead` has next
+
+    @torch.no_grad()
+    def collect(self, step: int) -> Captions:
+        """The batch of a step. Broken pictures are replaced, or a UserError, as `pictures.on_error` says."""
+        found = self._read(step)
+        self._report(found)
+        keys = [(self.seed, step, item.index, noise.POSTERIOR) for item in found.items]
+        mean, std = self._posterior(found.items)
+        return Captions(
+            x0=mean + std * noise.normal(keys, mean.shape[1:]).to(mean),
+            condition=self._condition(found.items),
+            text=tuple(item.text for item in found.items),
+            index=tuple(item.index for item in found.items),
+            seed=self.seed,
+            step=step,
+        )
+
+    def _read(self, step: int) -> Reading:
+        """What the workers have of a step. They go on from it, so that only a jump makes anybody wait."""
+        if self._ahead is None or step != self._next:
+            loader = DataLoader(
+                self.reader,
+                batch_size=None,
+                sampler=self.order.steps(step),
+                num_workers=self.config.num_workers,
+                generator=torch.Generator(),  # else it would draw from the global one
+            )
+            self._ahead = iter(loader)
+        self._next = step + 1
+        return next(self._ahead)
+
+    def _report(self, found: Reading) -> None:
+        if found.broken and self.pictures.on_error == "stop":
+            raise UserError(f"{next(iter(found.broken.values()))}; {CURE}")
+        for index in found.broken.keys() - self.broken.keys():
+            logger.warning("%s; it is left out", found.broken[index])
+        self.broken |= found.broken
+        if len(found.items) < self.config.batch_size:
+            raise UserError(
+                f"only {len(found.items)} pictures are left for a batch of {self.config.batch_size}, "
+                f"{len(self.broken)} are broken; mend them, or make training.train_batch_size smaller."
+            )
+
+    def _posterior(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w)."""
+
+        def encode(missing: list[int]) -> dict[str, Tensor]:
+            pixels = torch.stack([items[i].pixels for i in missing])  # (M, 3, H, W)
+            parts = [self.pipeline.posterior(part.float() / 255) for part in pixels.split(MOST_AT_ONCE)]
+            return {name: torch.cat(column) for name, column in zip(STATS, zip(*parts, strict=True), strict=True)}
+
+        known = self._complete(self.reader.latents, [item.posterior for item in items], encode)
+        return tuple(known[name] for name in STATS)
+
+    def _condition(self, items: Sequence[Item]) -> Condition:
+        def embed(missing: list[int]) -> dict[str, Tensor]:
+            return _tensors(self.pipeline.embed([items[i].text for i in missing]))
+
+        return replace(self.empty, **self._complete(self.reader.texts, [item.embedding for item in items], embed))
+
+    def _complete(
+        self, cache: Cache, entries: Sequence[Entry], compute: Callable[[list[int]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The tensors of all entries, stacked by name; the unknown ones are computed together and kept.
+
+        A worker looked ahead of the steps before this one, so what it missed is looked up again: which are computed
+        together, and so the last bit, is then no matter of chance.
+        """
+        entries = [cache.find(entry.key) if entry.tensors is None else entry for entry in entries]
+        missing = [i for i, entry in enumerate(entries) if entry.tensors is None]
+        new = compute(missing) if missing else {}
+        for place, i in enumerate(missing):
+            entries[i] = Entry(entries[i].key, {name: value[place] for name, value in new.items()})
+            cache.write(entries[i])
+        rows = [entry.tensors for entry in entries]
+        return {name: torch.stack([row[name].to(self.pipeline.device) for row in rows]) for name in rows[0]}

@@ -1,0 +1,101 @@
+"""The face of Stable Diffusion 1.x and 2.x: what it has to itself."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from trimtab.errors import UserError
+from trimtab.pipelines import loading
+from trimtab.pipelines.sd import SD
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.fixture
+def changed(tiny_sd_folder, tmp_path):
+    """A copy of the tiny folder in which one JSON file says something else."""
+
+    def copy(file, **changes):
+        shutil.copytree(tiny_sd_folder, tmp_path, dirs_exist_ok=True)
+        path = tmp_path / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return tmp_path
+
+    return copy
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", read)
+
+
+def test_a_condition_has_no_pooled_text_and_is_indexed_without(tiny_sd_folder, build_face):
+    face = build_face(tiny_sd_folder)
+    condition = face.encode(["a star", "a ring"])
+    assert condition.pooled is None
+    assert torch.equal(condition[torch.tensor([1, 0])].tokens, face.encode(["a ring", "a star"]).tokens)
+    assert condition[torch.tensor([1])].expand(3).pooled is None
+    assert torch.equal(face.unconditional.tokens, face.encode([""]).tokens)
+
+
+def test_sizes_are_those_of_the_folder(tiny_sd_folder, build_face):
+    face = build_face(tiny_sd_folder)
+    assert face.resolution == 32
+    assert face.latent_shape(48) == (4, 12, 12)
+    assert face.decode(torch.zeros(1, *face.latent_shape(48))).shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("tiny_sd_folder", "eps"), ("tiny_sd21_folder", "v")])
+def test_the_folder_says_what_the_network_predicts_and_that_sampling_ends_in_the_first_row(
+    request, build_face, name, kind
+):
+    face = build_face(request.getfixturevalue(name))
+    assert face.kind == kind
+    assert face.process.timestep(face.time_grid(5)).tolist() == [801, 601, 401, 201, 1, 0]
+
+
+def test_a_folder_saved_for_pictures_to_pictures_is_the_same_model(changed, build_face, tiny_sd_folder):
+    face = build_face(changed("model_index.json", _class_name="StableDiffusionImg2ImgPipeline"))
+    assert isinstance(face, SD)
+    assert type(face.pipe) is StableDiffusionPipeline
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            SCHEDULER,
+            {"prediction_type": "sample"},
+            "has prediction_type='sample' and trimtab needs 'epsilon' or 'v_pred",
+        ),
+        (SCHEDULER, {"timestep_spacing": "linspace"}, "has timestep_spacing='linspace' and trimtab needs 'leading' or"),
+        ("model_index.json", {"scheduler": ["diffusers", "LCMScheduler"]}, "has a LCMScheduler; give it one of DDIM"),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_a_scheduler_that_is_not_understood_is_refused_before_weights_are_read(changed, file, change, message):
+    folder = str(changed(file, **change))
+    for door in (loading.resolve, lambda name: loading.load(name, lora=None)):
+        with pytest.raises(UserError, match=message):
+            door(folder)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_picture_halves_evenly_in_the_auto_encoder_and_in_the_unet(tiny_sd_folder):
+    for resolution in (None, 8, 32, 4096):
+        loading.check_resolution(str(tiny_sd_folder), resolution)
+    with pytest.raises(UserError, match=r"resolution 36 does not suit .*; give a multiple of 8 pixels\.$"):
+        loading.check_resolution(str(tiny_sd_folder), 36)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_adapter_of_sd3_belongs_to_another_model(tiny_sd_folder, tiny, tmp_path):
+    tiny().export(tmp_path, "default")
+    with pytest.raises(UserError, match=r"changes transformer_blocks\..*, which is not in it; give the model"):
+        loading.check_adapter(str(tmp_path), str(tiny_sd_folder))
