@@ -7,8 +7,6 @@ same output for less work: exp(s + log n) = n exp(s). `encode` folds them; `Weig
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.batch import Condition
-from trimtab.pipelines import parts
-from trimtab.prediction import Prediction
+from trimtab.pipelines.face import Face
 from trimtab.process import RectifiedFlow
 from trimtab.roles import Roles
 from trimtab.solvers import time_grid
@@ -27,43 +24,24 @@ from trimtab.solvers import time_grid
 MAX_TEXT_TOKENS = 256  # of T5; the default of StableDiffusion3Pipeline
 
 
-class SD3:
-    """A `StableDiffusion3Pipeline` with roles over its transformer. Everything else in it is frozen."""
+class SD3(Face):
+    """A `StableDiffusion3Pipeline` with roles over its transformer."""
 
     NETWORK = "transformer"
     PIPELINE = StableDiffusion3Pipeline
     TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def __init__(self, pipe: StableDiffusion3Pipeline, roles: Roles, precision: torch.dtype):
-        self.pipe, self.roles, self.precision = pipe, roles, precision
-        self.process = RectifiedFlow()
-        self.device = next(roles.network.parameters()).device
         roles.network.set_attn_processor(WeightedAttention())
-        parts.leave_casts_to_autocast(roles.network, precision)
-        self._memory: dict[str, Condition] = {}
-        self._weight = self._folded()
-        self.unconditional = self.encode([""])
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of a square picture, `resolution` pixels a side."""
-        return parts.latent_shape(self.pipe, self.roles.network, resolution)
-
-    @property
-    def resolution(self) -> int:
-        """The side in pixels that the model was made for."""
-        return self.roles.network.config.sample_size * self.pipe.vae_scale_factor
+        self._weight = _folded(pipe, next(roles.network.parameters()).device)
+        super().__init__(pipe, roles, precision, RectifiedFlow(), "flow")
 
     def time_grid(self, num_steps: int) -> Tensor:
         """Times (T + 1,) from 1 to 0 as the pipeline's own scheduler would take them."""
         return time_grid(num_steps, self.pipe.scheduler.config.shift)
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Condition:
-        """The condition of P prompts; each distinct prompt is encoded once."""
-        return parts.remembered(self._memory, texts, self.embed)
-
     def embed(self, texts: Sequence[str]) -> Condition:
-        """The same with gradient and without memory, for whoever trains the text encoders."""
+        """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
         texts = list(texts)
         for_t5, num_t5 = (texts, MAX_TEXT_TOKENS) if self._weight is None else ([""] * len(texts), 1)
         tokens, _, pooled, _ = self.pipe.encode_prompt(
@@ -71,56 +49,28 @@ class SD3:
         )
         return Condition(tokens.float(), pooled.float(), self._weight)
 
-    def predict(
-        self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0
-    ) -> Prediction:
-        """The flow at x_t (B, C, h, w) and t, () or (B,), given one encoded prompt a sample; w = 1 is one pass."""
-        time, flow = t.expand(len(x_t)).to(x_t), partial(self._flow, role)
-        value = parts.guided_output(flow, x_t, time, condition, self.unconditional, guidance_scale)
-        return Prediction(value, "flow", x_t, t, self.process)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in [0, 1]."""
-        with parts.autocast(self.device, self.precision):
-            return parts.decode(self.pipe.vae, latents)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1]: the mean of the auto-encoder's posterior."""
-        return self.posterior(images)[0]
-
-    @torch.no_grad()
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, h, w) of the latents of pictures (B, 3, H, W) in [0, 1]."""
-        with parts.autocast(self.device, self.precision):
-            return parts.posterior(self.pipe.vae, images)
-
-    def export(self, folder: Path, role: str) -> None:
-        """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline."""
-        parts.export(self.pipe, self.NETWORK, self.roles, folder, role)
-
-    def _flow(self, role: str, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    def _output(self, role: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         weight = {} if condition.weight is None else {"log_weight": condition.weight.log()}
-        with parts.autocast(self.device, self.precision):
-            return self.roles(
-                role,
-                hidden_states=x_t,
-                timestep=self.process.timestep(time),
-                encoder_hidden_states=condition.tokens,
-                pooled_projections=condition.pooled,
-                joint_attention_kwargs=weight,
-                return_dict=False,
-            )[0].float()
+        return self.roles(
+            role,
+            hidden_states=x_t,
+            timestep=self.process.timestep(t),
+            encoder_hidden_states=condition.tokens,
+            pooled_projections=condition.pooled,
+            joint_attention_kwargs=weight,
+            return_dict=False,
+        )[0]
 
-    def _folded(self) -> Tensor | None:
-        """What each text token counts for (L,) where T5's all are one; None where they may differ.
 
-        T5's tokens come last, and are one over and over if there is no T5 or if its vocabulary is a single word.
-        """
-        t5 = self.pipe.text_encoder_3
-        if t5 is not None and t5.config.vocab_size > 1:
-            return None
-        return torch.tensor([1.0] * self.pipe.tokenizer_max_length + [MAX_TEXT_TOKENS], device=self.device)
+def _folded(pipe: StableDiffusion3Pipeline, device: torch.device) -> Tensor | None:
+    """What each text token counts for (L,) where T5's all are one; None where they may differ.
+
+    T5's tokens come last, and are one over and over if there is no T5 or if its vocabulary is a single word.
+    """
+    t5 = pipe.text_encoder_3
+    if t5 is not None and t5.config.vocab_size > 1:
+        return None
+    return torch.tensor([1.0] * pipe.tokenizer_max_length + [MAX_TEXT_TOKENS], device=device)
 
 
 def _kernel(value: Tensor) -> AbstractContextManager:

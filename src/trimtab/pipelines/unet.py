@@ -13,11 +13,12 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscr
 from torch import Tensor
 
 from trimtab.errors import UserError
+from trimtab.prediction import Kind
 from trimtab.process import VariancePreserving
 from trimtab.solvers import vp_time_grid
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-KINDS = {"epsilon": "eps", "v_prediction": "v"}  # diffusers' word -> that of `Prediction`
+KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v"}  # diffusers' word -> that of `Prediction`
 Scheduler = DDIMScheduler | PNDMScheduler | EulerDiscreteScheduler | EulerAncestralDiscreteScheduler
 SCHEDULERS = {
     "DDIMScheduler": DDIMScheduler,
@@ -56,6 +57,11 @@ def check_scheduler(name: str | None, config: Mapping[str, Any], model: str) -> 
 def process(scheduler: Scheduler, device: torch.device) -> VariancePreserving:
     """The scheduler's table as a noise process."""
     return VariancePreserving(scheduler.alphas_cumprod.to(device))
+
+
+def kind(scheduler: Scheduler) -> Kind:
+    """What the network predicts."""
+    return KINDS[scheduler.config.prediction_type]
 
 
 def time_grid(scheduler: Scheduler, num_steps: int) -> Tensor:

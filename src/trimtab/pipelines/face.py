@@ -1,0 +1,137 @@
+"""What every diffusers pipeline is to the rest of trimtab, written once; a family adds what is its own.
+
+A family says where its network is, how it embeds prompts, what its times are and how its network is called. Prompts
+remembered, guidance, latents, pictures and weights on disk are the same for all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimtab.batch import Condition
+from trimtab.prediction import Kind, Prediction
+from trimtab.process import Process
+from trimtab.roles import Roles
+from trimtab.solvers import guided
+
+
+class Face:
+    """A pipeline with roles over its network; everything else in it is frozen. Satisfies `Pipeline`."""
+
+    NETWORK: ClassVar[str]  # the part that learns
+    PIPELINE: ClassVar[type[DiffusionPipeline]]
+    TARGETS: ClassVar[tuple[str, ...]]  # modules that a LoRA changes unless told otherwise
+    HALF_VAE: ClassVar[bool] = True  # whether the auto-encoder stands half precision
+
+    def __init__(self, pipe: DiffusionPipeline, roles: Roles, precision: torch.dtype, process: Process, kind: Kind):
+        self.pipe, self.roles, self.precision = pipe, roles, precision
+        self.process, self.kind = process, kind
+        self.device = next(roles.network.parameters()).device
+        for module in roles.network.modules():
+            if isinstance(module, LoraLayer):  # autocast casts; PEFT would cast up first, for nothing
+                module.cast_input_dtype_enabled = precision == torch.float32
+        self._memory: dict[str, Condition] = {}
+        self.unconditional = self.encode([""])  # what guidance leads away from
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels that the model was made for."""
+        return self.roles.network.config.sample_size * self.pipe.vae_scale_factor
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a square picture, `resolution` pixels a side."""
+        side = resolution // self.pipe.vae_scale_factor
+        return self.roles.network.config.in_channels, side, side
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        """Falling times (T + 1,) that the pipeline's own scheduler visits."""
+        raise NotImplementedError
+
+    def embed(self, texts: Sequence[str]) -> Condition:
+        """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
+        raise NotImplementedError
+
+    def _output(self, role: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What the network itself says, at times (B,) and under B conditions."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Condition:
+        """The condition of P prompts; each distinct prompt is encoded once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._memory]
+        if new:
+            condition = self.embed(new)
+            self._memory |= {text: condition[i : i + 1] for i, text in enumerate(new)}
+        return joined([self._memory[text] for text in texts])
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0
+    ) -> Prediction:
+        """What the network says at x_t (B, C, h, w) and t, () or (B,), given B conditions; w = 1 is one pass."""
+        t = t.to(x_t.device)
+        times = t.expand(len(x_t))
+        if guidance_scale == 1:
+            value = self._forward(role, x_t, times, condition)
+        else:
+            both = joined([self.unconditional.expand(len(x_t)), condition])
+            uncond, cond = self._forward(role, x_t.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
+            value = guided(cond, uncond, guidance_scale)
+        return Prediction(value, self.kind, x_t, t, self.process)
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the latents of pictures (B, 3, H, W) in [0, 1]."""
+        vae = self.pipe.vae
+        with self._autocast(self.HALF_VAE):
+            found = vae.encode(images.to(self.device) * 2 - 1).latent_dist
+        mean = (found.mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return mean, found.std.float() * vae.config.scaling_factor
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1]: the mean of the auto-encoder's posterior."""
+        return self.posterior(images)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), float32 in [0, 1]."""
+        config = self.pipe.vae.config
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        with self._autocast(self.HALF_VAE):
+            images = self.pipe.vae.decode(latents, return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp_(0, 1)
+
+    def export(self, folder: Path, role: str) -> None:
+        """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline."""
+        if self.roles.lora is None:
+            self.pipe.save_pretrained(folder)
+            if self.roles.module(role) is not getattr(self.pipe, self.NETWORK):
+                self.roles.module(role).save_pretrained(folder / self.NETWORK)
+            return
+        state, config = self.roles.lora_state(role), self.roles.lora.peft_config()
+        state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+        layers = {f"{self.NETWORK}_lora_layers": state, f"{self.NETWORK}_lora_adapter_metadata": config.to_dict()}
+        self.pipe.save_lora_weights(folder, **layers)
+        save_file({f"base_model.model.{name}": t for name, t in state.items()}, folder / "adapter_model.safetensors")
+        config.save_pretrained(folder)
+
+    def _forward(self, role: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with self._autocast():
+            return self._output(role, x_t, t, condition).float()
+
+    def _autocast(self, half: bool = True) -> torch.autocast:
+        """A new region for every forward: a longer one would keep casts of weights that have changed since."""
+        return torch.autocast(self.device.type, self.precision, enabled=half and self.precision != torch.float32)
+
+
+def joined(conditions: Sequence[Condition]) -> Condition:
+    """One condition after the other; what their tokens count for is taken from the last."""
+    last = conditions[-1]
+    pooled = None if last.pooled is None else torch.cat([each.pooled for each in conditions])
+    return replace(last, tokens=torch.cat([each.tokens for each in conditions]), pooled=pooled)
