@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from trimtab.cli import main
 from trimtab.files import lock
-from trimtab.pipelines import loading
+from trimtab.pipelines import adapters, loading
 from trimtab.pipelines.sd3 import SD3
 from trimtab.run import RECIPES, load_config
 
@@ -327,11 +327,11 @@ def test_an_adapter_of_another_model_is_refused(refused, recipe, tmp_path, tiny_
 
 def write_adapter(folder, shapes):
     folder.mkdir()
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / loading.LORA_FILE)
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / adapters.LORA_FILE)
 
 
 def test_a_folder_without_an_adapter_is_refused(refused, recipe, tiny_folder):
-    assert loading.LORA_FILE in refused("sample", tiny_folder, "-p", "a dog", "--adapter", ".")
+    assert adapters.LORA_FILE in refused("sample", tiny_folder, "-p", "a dog", "--adapter", ".")
 
 
 def test_a_lora_target_that_the_network_lacks_is_refused_and_leaves_no_run_behind(cli, recipe, tmp_path):

@@ -18,7 +18,7 @@ ROWS = [  # top row first; a row imports only from rows above it, or from itself
     {"roles"},
     {"pipelines", "worlds"},
     {"rewards"},
-    {"rollout", "forward"},
+    {"rollout", "forward", "captioned", "grid"},
     {"methods"},
     {"learner", "checkpoint", "log"},
     {"metrics"},

@@ -4,15 +4,11 @@ import json
 import re
 
 import pytest
-import torch
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import save_file
 
 from trimtab.errors import UserError
 from trimtab.pipelines import loading
-
-TO_Q = "transformer.transformer_blocks.0.attn.to_q"
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +26,7 @@ def refused(model, message):
     with pytest.raises(UserError, match=message):
         loading.load(str(model), lora=None)
     with pytest.raises(UserError, match=message):
-        loading.load_for_sampling(str(model), None)
+        loading.load_for_sampling(str(model))
 
 
 def test_a_folder_without_an_index_is_no_pipeline(tmp_path):
@@ -66,46 +62,3 @@ def test_a_name_on_the_hub_is_judged_by_its_index_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "hf_hub_download", lambda *args: asked.append(args) or str(tmp_path / "index"))
     assert loading.resolve("someone/sd3") == "someone/sd3"
     assert asked == [("someone/sd3", "model_index.json")]
-
-
-# Adapters
-
-
-def adapter(folder, tensors):
-    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, folder / loading.LORA_FILE)
-    return str(folder)
-
-
-def test_a_folder_without_the_adapters_file_is_refused(tiny_folder, tmp_path):
-    with pytest.raises(UserError, match=r"has no pytorch_lora_weights\.safetensors; give the `export` folder of a run"):
-        loading.check_adapter(str(tmp_path), str(tiny_folder))
-
-
-@pytest.mark.parametrize(
-    ("part", "shape"), [("lora_A", (4, 48)), ("lora_B", (48, 4))], ids=["wrong inputs", "wrong outputs"]
-)
-def test_an_adapter_of_other_widths_belongs_to_another_model(tiny_folder, tmp_path, part, shape):
-    folder = adapter(tmp_path, {f"{TO_Q}.{part}.weight": shape})
-    message = r"belongs to another model than .* changes transformer_blocks\.0\.attn\.to_q, which is \(32, 32\) there"
-    with pytest.raises(UserError, match=message):
-        loading.check_adapter(folder, str(tiny_folder))
-
-
-def test_an_adapter_with_modules_that_the_model_lacks_belongs_to_another_model(tiny_folder, tmp_path):
-    folder = adapter(tmp_path, {"transformer.transformer_blocks.7.attn.to_q.lora_A.weight": (4, 32)})
-    with pytest.raises(
-        UserError, match=r"changes transformer_blocks\.7\.attn\.to_q, which is not in it; give the model"
-    ):
-        loading.check_adapter(folder, str(tiny_folder))
-
-
-def test_a_file_that_is_no_adapter_is_refused(tiny_folder, tmp_path):
-    (tmp_path / loading.LORA_FILE).write_bytes(b"not a safetensors file")
-    with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors"):
-        loading.check_adapter(str(tmp_path), str(tiny_folder))
-
-
-def test_an_adapter_that_fits_is_found_by_folder_and_by_file(tiny_folder, tmp_path):
-    folder = adapter(tmp_path, {f"{TO_Q}.lora_A.weight": (4, 32), f"{TO_Q}.lora_B.weight": (32, 4)})
-    file = tmp_path / loading.LORA_FILE
-    assert loading.check_adapter(folder, str(tiny_folder)) == loading.check_adapter(str(file), str(tiny_folder)) == file

@@ -98,4 +98,4 @@ def test_a_picture_halves_evenly_in_the_auto_encoder_and_in_the_unet(tiny_sd_fol
 def test_an_adapter_of_sd3_belongs_to_another_model(tiny_sd_folder, tiny, tmp_path):
     tiny().export(tmp_path, "default")
     with pytest.raises(UserError, match=r"changes transformer_blocks\..*, which is not in it; give the model"):
-        loading.check_adapter(str(tmp_path), str(tiny_sd_folder))
+        loading.check_adapters([str(tmp_path)], str(tiny_sd_folder))

@@ -202,8 +202,8 @@ def test_an_exported_lora_paints_the_same_picture_in_stock_diffusers_in_peft_and
     how = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "pt"}
     stock.load_lora_weights(tmp_path)
     assert gap(stock(TEXTS, latents=start, **how).images, expected) < 1 / 255
-    file = loading.check_adapter(str(tmp_path), str(model.folder))
-    assert gap(picture(loading.load_for_sampling(str(model.folder), file)), expected) < 1 / 255
+    files = loading.check_adapters([str(tmp_path)], str(model.folder))
+    assert gap(picture(loading.load_for_sampling(str(model.folder), files)), expected) < 1 / 255
     plain = model.stock()
     network = PeftModel.from_pretrained(plain.unet, tmp_path)
     value = face.predict(*point, face.encode(TEXTS), "default").value

@@ -42,22 +42,23 @@ def bench(config: RunConfig, display: Display, num_steps: int) -> list[tuple[str
         ("device", _device(run.pipeline.device)),
         ("network, forward", f"{forward:.0f} images/s"),
         ("network, forward and backward", f"{both:.0f} images/s"),
-        *_step_rows(config, totals, spent, num_steps),
+        *_step_rows(totals, spent, num_steps),
         ("peak memory", f"{_peak_bytes(run.pipeline.device) / 2**30:.2f} GiB"),
     ]
 
 
-def _step_rows(
-    config: RunConfig, totals: dict[str, float], spent: dict[str, float], num_steps: int
-) -> list[tuple[str, str]]:
+def _step_rows(totals: dict[str, float], spent: dict[str, float], num_steps: int) -> list[tuple[str, str]]:
     seconds, network = totals["seconds/step"], sum(spent.values()) + totals["seconds/backward"]
     trained = totals["seconds/forward"] + totals["seconds/backward"]
-    points = totals["images"] * config.method.num_train_times
+    rows = [("step", f"{seconds / num_steps:.2f} s, {totals['images'] / num_steps:.0f} images")]
+    if "seconds/sampling" in totals:
+        rows += [
+            ("rollout (sampling and decoding)", f"{totals['images'] / totals['seconds/sampling']:.0f} images/s"),
+            ("rewards", f"{totals['images'] / totals['seconds/rewards']:.0f} images/s"),
+        ]
     return [
-        ("step", f"{seconds / num_steps:.2f} s, {totals['images'] / num_steps:.0f} images"),
-        ("rollout (sampling and decoding)", f"{totals['images'] / totals['seconds/sampling']:.0f} images/s"),
-        ("rewards", f"{totals['images'] / totals['seconds/rewards']:.0f} images/s"),
-        ("training", f"{totals['images'] / trained:.0f} images/s, {points / trained:.0f} noised images/s"),
+        *rows,
+        ("training", f"{totals['images'] / trained:.1f} images/s"),
         *((f"share of the step: {name}", f"{100 * value / seconds:.1f} %") for name, value in spent.items()),
         ("share of the step: backward", f"{100 * totals['seconds/backward'] / seconds:.1f} %"),
         ("share of the step in networks", f"{100 * network / seconds:.1f} %"),

@@ -330,6 +330,13 @@ class Captioned:
             step=step,
         )
 
+    def log(self) -> dict[str, float]:
+        """Pictures of a step, and how many of all could not be used so far."""
+        return {
+            "images": float(self.config.batch_size),
+            "skipped_pictures": float(len(self.pictures.skipped) + len(self.broken)),
+        }
+
     def _read(self, step: int) -> Reading:
         """What the workers have of a step. They go on from it, so that only a jump makes anybody wait."""
         if self._ahead is None or step != self._next:

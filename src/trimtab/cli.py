@@ -20,6 +20,9 @@ app = typer.Typer(
 console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as rollout.group_size=8.")]
+Adapter = Annotated[
+    list[str] | None, typer.Option(help="The `export` folder of a run: a LoRA, or soft tokens; repeatable.")
+]
 
 
 @app.command()
@@ -43,7 +46,7 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A built-in model, a diffusers folder or a hub id.")],
-    adapter: Annotated[str | None, typer.Option(help="The `export` folder of a run, or a LoRA file.")] = None,
+    adapter: Adapter = None,
     suite: Annotated[
         str, typer.Option(help="`blocks`, a .txt or .jsonl file, or a folder with a test file.")
     ] = "blocks",
@@ -63,7 +66,7 @@ def evaluate(
     folder = output or Path("evaluations") / f"{Path(model).name}-{Path(suite).stem}-cfg{guidance_scale:g}-seed{seed}"
     with Terminal() as display:
         results = inference.evaluate_model(
-            model, adapter, suite, folder, display,
+            model, adapter or [], suite, folder, display,
             images_per_prompt=images_per_prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             seed=seed, resolution=resolution, precision=mixed_precision, batch_size=batch_size, rewards=reward or [],
         )  # fmt: skip
@@ -75,7 +78,7 @@ def evaluate(
 def sample(
     model: Annotated[str, typer.Argument(help="A built-in model, a diffusers folder or a hub id.")],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; repeatable.")],
-    adapter: Annotated[str | None, typer.Option(help="The `export` folder of a run, or a LoRA file.")] = None,
+    adapter: Adapter = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     num_inference_steps: Annotated[int, typer.Option(min=1)] = 40,
@@ -91,7 +94,7 @@ def sample(
 
     with Terminal() as display:
         files = inference.sample(
-            model, adapter, prompt, output, display,
+            model, adapter or [], prompt, output, display,
             images_per_prompt=num_images, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             seed=seed, resolution=resolution, precision=mixed_precision,
         )  # fmt: skip

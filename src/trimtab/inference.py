@@ -18,7 +18,7 @@ from trimtab.worlds.files import load_prompts
 
 def evaluate_model(
     model: str,
-    adapter: str | None,
+    adapters: Sequence[str],
     suite: str,
     folder: Path,
     display: Display,
@@ -31,7 +31,7 @@ def evaluate_model(
     """`trimtab evaluate`: the results, also in `folder`."""
     prompts = load_prompts(suite, "test")
     extra = build_rewards(dict.fromkeys(rewards, 1.0), prompts).alone() if rewards else {}
-    pipeline, role = _opened(model, adapter, precision, resolution)
+    pipeline, role = _opened(model, adapters, precision, resolution)
     return evaluate.evaluate(
         pipeline,
         role,
@@ -39,14 +39,14 @@ def evaluate_model(
         evaluate.Setting(suite=suite, precision=precision, resolution=resolution, **how),
         folder,
         rewards=extra,
-        described={"model": model, "adapter": adapter},
+        described={"model": model, "adapters": list(adapters)},
         progress=lambda done, total: display.progress("evaluating", done, total),
     )
 
 
 def sample(
     model: str,
-    adapter: str | None,
+    adapters: Sequence[str],
     texts: Sequence[str],
     folder: Path,
     display: Display,
@@ -57,7 +57,7 @@ def sample(
 ) -> list[Path]:
     """`trimtab sample`: the files written, one a picture, named by prompt and seed."""
     setting = evaluate.Setting(suite="", precision=precision, resolution=resolution, **how)
-    pipeline, role = _opened(model, adapter, precision, resolution)
+    pipeline, role = _opened(model, adapters, precision, resolution)
     number = setting.images_per_prompt
     prompts = Prompts(tuple(texts), tuple({} for _ in texts), tuple(range(len(texts))))
     group = torch.arange(len(texts)).repeat_interleave(number)
@@ -73,15 +73,15 @@ def sample(
     return files
 
 
-def _opened(model: str, adapter: str | None, precision: str, resolution: int | None) -> tuple[Pipeline, str]:
+def _opened(model: str, adapters: Sequence[str], precision: str, resolution: int | None) -> tuple[Pipeline, str]:
     """A pipeline to sample from, and the role to use. What is asked for is checked before weights load."""
     if precision not in ("no", "bf16"):
         raise UserError(f"mixed precision {precision!r} is unknown; give no or bf16.")
-    file = None if adapter is None else loading.check_adapter(adapter, model)
+    files = loading.check_adapters(adapters, model)
     loading.check_resolution(model, resolution)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return loading.load_for_sampling(model, file, precision=dtype, device=device), TRAINED
+    return loading.load_for_sampling(model, files, precision=dtype, device=device), TRAINED
 
 
 def _slug(text: str) -> str:

@@ -32,7 +32,7 @@ class ModelConfig(Strict):
     """Which model, and which of its weights learn."""
 
     pretrained_model_name_or_path: str = "micro"
-    adapter: str | None = None  # a LoRA merged into the model before soft tokens are trained
+    adapters: tuple[str, ...] = ()  # LoRAs merged into the model before it is trained: `export` folders of runs
     finetune_type: Literal["lora", "full"] = "lora"
     rank: int = Field(32, gt=0)
     lora_alpha: int = Field(64, gt=0)

@@ -23,7 +23,7 @@ from trimtab.report import write_report
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
-from trimtab.wiring import TRAINED, Display, Run, build, check, unseen
+from trimtab.wiring import TRAINED, Display, Run, build, check
 
 RECIPES = Path(__file__).parent / "recipes"
 ABOUT = ("command", "revision", "versions")  # what config.yaml says beside the recipe
@@ -168,13 +168,13 @@ def _evaluate(run: Run, label: str, role: str, guidance_scale: float) -> None:
     results = evaluate.evaluate(
         run.pipeline,
         role,
-        unseen(run.config),
+        run.unseen,
         replace(_setting(run.config), guidance_scale=guidance_scale),
         folder,
         rewards=own,  # the built-in ones are measured wherever they can be
         described={
             "model": run.config.model.pretrained_model_name_or_path,
-            "adapter": "export" if role == TRAINED else None,
+            "adapters": [*run.config.model.adapters, *(["export"] if role == TRAINED else [])],
         },
         reference=REFERENCE if role == TRAINED else None,
         progress=lambda done, total: run.display.progress(f"evaluating {label}", done, total),
@@ -200,7 +200,7 @@ def _pictures(run: Run, step: int) -> None:
     number = run.config.training.num_validation_prompts
     if run.pipeline is None or not number or not run.writes:
         return
-    prompts = unseen(run.config)
+    prompts = run.unseen
     number = min(number, len(prompts))
     chosen = prompts[[i * len(prompts) // number for i in range(number)]]
     setting = replace(_setting(run.config), images_per_prompt=1)

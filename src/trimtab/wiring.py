@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -54,6 +54,7 @@ class Run:
     method: Method
     pipeline: Pipeline | None  # None: pre-training
     rewards: Composite | None  # None: none are measured
+    unseen: Prompts | None  # for pictures and evaluation
     display: Display
 
     @property
@@ -68,6 +69,8 @@ class Inputs:
     prompts: Prompts | None = None
     rewards: Composite | None = None
     pictures: Pictures | None = None
+    unseen: Prompts | None = None  # for pictures and evaluation; of the test split, where there is one
+    merged: tuple[Path, ...] = ()  # LoRAs that become part of the model before it is trained
 
 
 def check(config: RunConfig) -> Inputs:
@@ -77,32 +80,19 @@ def check(config: RunConfig) -> Inputs:
     model = config.model.pretrained_model_name_or_path
     loading.resolve(model)
     loading.check_resolution(model, config.model.resolution)
-    if config.model.adapter is not None:
-        loading.check_adapter(config.model.adapter, model)
+    merged = loading.check_adapters(config.model.adapters, model)
+    if merged.tokens is not None:
+        raise UserError(f"{merged.tokens} holds soft tokens, which can't be merged; name LoRAs in model.adapters.")
     if config.method.name in CAPTIONED:
-        return _captioned_inputs(config)
-    return _online_inputs(config)
-
-
-def unseen(config: RunConfig) -> Prompts:
-    """The prompts for pictures and evaluation: the test split of the suite, or else of the training prompts."""
-    return load_prompts(config.evaluation.suite or config.data.prompts, "test")
-
-
-def _captioned_inputs(config: RunConfig) -> Inputs:
-    rewards = build_rewards(config.rewards, unseen(config)) if config.rewards else None
-    return Inputs(rewards=rewards, pictures=load_pictures(config.data.pictures, config.data.on_error))
+        loading.check_tokens(config.method.tokens, model)
+        return replace(_captioned_inputs(config), merged=merged.loras)
+    return replace(_online_inputs(config), merged=merged.loras)
 
 
 def _online_inputs(config: RunConfig) -> Inputs:
     prompts = load_prompts(config.data.prompts)
     if not config.rewards:
         raise UserError("the recipe names no reward; add one, for example rewards='{path/to/file.py:function: 1.0}'.")
-    built_in = {name: 1.0 for name in config.rewards if name in BUILT_IN}
-    if config.evaluation.suite is not None and built_in:
-        build_rewards(built_in, unseen(config))
-    elif config.evaluation.suite is not None or config.training.num_validation_prompts:
-        unseen(config)
     size = min(len(prompts), config.rollout.num_prompts)
     if size < config.rollout.num_prompts:
         logger.warning("only %d prompts for rollouts of %d", size, config.rollout.num_prompts)
@@ -112,7 +102,32 @@ def _online_inputs(config: RunConfig) -> Inputs:
             f"a rollout of {size} prompts can't be shared by {processes} processes, each of which takes whole prompts; "
             f"make rollout.num_prompts a multiple of {processes} that the prompts suffice for."
         )
-    return Inputs(prompts, build_rewards(config.rewards, prompts))
+    unseen = load_prompts(config.evaluation.suite or config.data.prompts, "test") if _shows(config) else None
+    return Inputs(prompts=prompts, rewards=_rewards(config, prompts, unseen), unseen=unseen)
+
+
+def _captioned_inputs(config: RunConfig) -> Inputs:
+    pictures = load_pictures(config.data.pictures, config.data.on_error)
+    if config.evaluation.suite is not None:
+        unseen = load_prompts(config.evaluation.suite, "test")
+    else:  # captions of its own are all that is known of what its user wants to see
+        texts = tuple(dict.fromkeys(captions[0] for captions in pictures.captions))
+        unseen = Prompts(texts, tuple({} for _ in texts), tuple(range(len(texts))))
+    return Inputs(
+        pictures=pictures, rewards=_rewards(config, unseen, unseen) if config.rewards else None, unseen=unseen
+    )
+
+
+def _shows(config: RunConfig) -> bool:
+    return config.evaluation.suite is not None or config.training.num_validation_prompts > 0
+
+
+def _rewards(config: RunConfig, prompts: Prompts, unseen: Prompts | None) -> Composite:
+    """The rewards, once it is certain that the built-in ones can score the suite's prompts, too."""
+    built_in = {name: 1.0 for name in config.rewards if name in BUILT_IN}
+    if config.evaluation.suite is not None and built_in:
+        build_rewards(built_in, unseen)
+    return build_rewards(config.rewards, prompts)
 
 
 def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inputs, display: Display) -> Run:
@@ -121,20 +136,21 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
     if name in PRETRAIN:
         method = PRETRAIN[name](config.method, config.seed, accelerator.device, config.model.precision)
     elif name in CAPTIONED:
-        pipeline = _prepared(_with_tokens(config, accelerator), config, accelerator)
+        pipeline = _prepared(_with_tokens(config, accelerator, inputs), config, accelerator)
         method = CAPTIONED[name](config.method, pipeline, _captioned(config, folder, accelerator, inputs, pipeline))
     else:
-        pipeline = _prepared(_with_weights(config, accelerator), config, accelerator)
+        pipeline = _prepared(_with_weights(config, accelerator, inputs), config, accelerator)
         rollouts = _rollouts(config, accelerator, inputs, pipeline)
         method = ONLINE[name](config.method, pipeline, rollouts, config.training.train_batch_size)
     learner = Learner(method, accelerator, config.optimizer, config.training.max_train_steps)
-    return Run(config, folder, accelerator, learner, method, pipeline, inputs.rewards, display)
+    return Run(config, folder, accelerator, learner, method, pipeline, inputs.rewards, inputs.unseen, display)
 
 
-def _with_weights(config: RunConfig, accelerator: Accelerator) -> Pipeline:
+def _with_weights(config: RunConfig, accelerator: Accelerator, inputs: Inputs) -> Pipeline:
     return loading.load(
         config.model.pretrained_model_name_or_path,
         lora=config.model.lora,
+        merged=inputs.merged,
         frozen=config.method.frozen_roles,
         precision=config.model.precision,
         device=accelerator.device,
@@ -142,13 +158,13 @@ def _with_weights(config: RunConfig, accelerator: Accelerator) -> Pipeline:
     )
 
 
-def _with_tokens(config: RunConfig, accelerator: Accelerator) -> Pipeline:
+def _with_tokens(config: RunConfig, accelerator: Accelerator, inputs: Inputs) -> Pipeline:
     pipeline = loading.load_with_tokens(
         config.model.pretrained_model_name_or_path,
-        config.model.adapter,
         config.method.tokens,
         num_signs=config.method.num_signs,
         roles=config.method.roles,
+        merged=inputs.merged,
         precision=config.model.precision,
         device=accelerator.device,
         seed=config.seed,

@@ -142,7 +142,7 @@ class AGSM:
 
     def after_step(self, step: int) -> dict[str, float]:
         self.pipeline.roles.blend(AVERAGE, TRAINED, self.config.ema_decay)
-        return self.pipeline.roles.norms(TRAINED)
+        return self.pipeline.roles.norms(TRAINED) | self.captioned.log()
 
     def export(self, folder: Path) -> None:
         self.pipeline.roles.export(folder, TRAINED, {"method": self.config.name})

@@ -93,7 +93,7 @@ class SoftREPA:
             yield self._rows(batch, rows, t, eps)
 
     def after_step(self, step: int) -> dict[str, float]:
-        return self.pipeline.roles.norms(TRAINED)
+        return self.pipeline.roles.norms(TRAINED) | self.captioned.log()
 
     def export(self, folder: Path) -> None:
         self.pipeline.roles.export(folder, TRAINED, {"method": self.config.name})

@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline, unet
+from trimtab.pipelines.adapters import Adapters, find, merge
+from trimtab.pipelines.face import Face
 from trimtab.pipelines.sd import SD
 from trimtab.pipelines.sd3 import SD3
 from trimtab.pipelines.sdxl import SDXL
+from trimtab.pipelines.soft_tokens import SoftTokens, TokenSettings, load_soft_tokens, sites
 from trimtab.roles import LoraSettings, Roles
 
 logger = logging.getLogger(__name__)
@@ -31,7 +34,6 @@ FACES = {
     "StableDiffusionImg2ImgPipeline": SD,  # the same parts, saved after another use
     "StableDiffusionXLPipeline": SDXL,
 }
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def resolve(model: str) -> str:
@@ -98,33 +100,51 @@ def load(
     model: str,
     *,
     lora: LoraSettings | None,
+    merged: Sequence[Path] = (),
     frozen: Sequence[str] = (),
     precision: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Pipeline:
     """A pipeline with the roles `default`, those of `frozen`, and `ref`. Under LoRA the backbone is in `precision`;
-    weights that train are float32. A LoRA without target modules gets those of the pipeline's face."""
-    face, pipe = _stock(model, precision, precision if lora else torch.float32)
+    weights that train are float32. A LoRA without target modules gets those of the pipeline's face. The LoRAs in the
+    files `merged` become part of the weights first."""
+    face, pipe = _stock(model, precision, precision if lora else torch.float32, merged, device)
     if lora is not None and lora.target_modules is None:
         lora = replace(lora, target_modules=face.TARGETS)
-    pipe.to(device)
     network = getattr(pipe, face.NETWORK)
     return face(pipe, Roles(network, trained=("default",), frozen=frozen, lora=lora, seed=seed), precision)
 
 
-def load_for_sampling(
-    model: str, adapter: Path | None, *, precision: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+def load_with_tokens(
+    model: str,
+    settings: TokenSettings,
+    *,
+    num_signs: int,
+    roles: Sequence[str],
+    merged: Sequence[Path] = (),
+    precision: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> Pipeline:
-    """A pipeline with one role, `default`: the model itself, with a LoRA, if given, merged into it by diffusers."""
-    face, pipe = _stock(model, precision, torch.float32 if adapter else precision)
-    if adapter is not None:
-        pipe.load_lora_weights(adapter.parent, weight_name=adapter.name)
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-    pipe.to(device)
-    network = getattr(pipe, face.NETWORK).to(precision)
-    return face(pipe, _Fixed(network), precision)
+    """A pipeline whose roles are banks of soft tokens on a frozen network, and `ref`, the network without any."""
+    face, pipe = _stock(model, precision, precision, merged, device)
+    tokens = SoftTokens(getattr(pipe, face.NETWORK), settings, num_signs=num_signs, roles=roles, seed=seed)
+    return face(pipe, tokens, precision)
+
+
+def load_for_sampling(
+    model: str,
+    adapters: Adapters = Adapters(),  # noqa: B008
+    *,
+    precision: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Pipeline:
+    """A pipeline with one role, `default`: the model itself, with LoRAs merged into it by diffusers, and its tokens."""
+    face, pipe = _stock(model, precision, precision, adapters.loras, device)
+    if adapters.tokens is not None:
+        load_soft_tokens(pipe, adapters.tokens)
+    return face(pipe, _Fixed(getattr(pipe, face.NETWORK)), precision)
 
 
 @dataclass(frozen=True)
@@ -137,49 +157,40 @@ class _Fixed:
         return self.network(*args, **kwargs)
 
 
-def _stock(model: str, precision: torch.dtype, network_dtype: torch.dtype) -> tuple[type, DiffusionPipeline]:
-    """The face for a model, and its diffusers pipeline, frozen."""
+def _stock(
+    model: str,
+    precision: torch.dtype,
+    network_dtype: torch.dtype,
+    merged: Sequence[Path],
+    device: torch.device | str,
+) -> tuple[type[Face], DiffusionPipeline]:
+    """The face for a model, and its diffusers pipeline, frozen, with LoRAs merged in float32."""
     path = resolve(model)
     face = FACES[_index(path, model)["_class_name"]]
-    dtypes = {"default": precision, face.NETWORK: network_dtype, "vae": torch.float32}
+    dtypes = {"default": precision, face.NETWORK: torch.float32 if merged else network_dtype, "vae": torch.float32}
     pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes)
+    merge(pipe, merged)
+    getattr(pipe, face.NETWORK).to(network_dtype)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    return face, pipe
+    return face, pipe.to(device)
 
 
-def check_adapter(adapter: str, model: str) -> Path:
-    """The LoRA file in the folder `adapter`; UserError unless it fits the model. Reads names and shapes, no weights."""
-    folder = Path(adapter)
-    file = folder if folder.is_file() else folder / LORA_FILE
-    if not file.is_file():
-        raise UserError(f"adapter {adapter!r} has no {LORA_FILE}; give the `export` folder of a run.")
+def check_adapters(adapters: Sequence[str], model: str) -> Adapters:
+    """The files of the adapters' folders; UserError unless they fit the model. Loads no weights."""
+    return find(adapters, skeleton(model), model) if adapters else Adapters()
+
+
+def check_tokens(settings: TokenSettings, model: str) -> None:
+    """UserError unless the model has a place for such soft tokens. Loads no weights."""
+    sites(skeleton(model), settings)
+
+
+def skeleton(model: str) -> torch.nn.Module:
+    """The network that a model trains, without weights."""
     path = resolve(model)
-    own = _shapes_of_network(path, FACES[_index(path, model)["_class_name"]].NETWORK)
-    if own is None:  # on the hub: diffusers itself will say
-        return file
-    for name, shape in _shapes(file).items():
-        module, _, part = name.split(".", 1)[1].rpartition(".lora_")
-        weight = own.get(f"{module}.weight")
-        side = 1 if part.startswith("A") else 0
-        if weight is None or weight[side] != shape[side]:
-            found = "is not in it" if weight is None else f"is {tuple(weight)} there"
-            raise UserError(
-                f"adapter {adapter!r} belongs to another model than {model!r}: it changes {module}, which {found}; "
-                "give the model that it was trained on."
-            )
-    return file
-
-
-def _shapes_of_network(path: str, network: str) -> dict[str, list[int]] | None:
-    files = sorted((Path(path) / network).glob("*.safetensors"))
-    return {name: shape for file in files for name, shape in _shapes(file).items()} if files else None
-
-
-def _shapes(file: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{file} is no safetensors file ({error}); it is damaged, fetch or export it again.") from error
+    name = FACES[_index(path, model)["_class_name"]].NETWORK
+    config = _json(path, f"{name}/config.json", model)
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(config)

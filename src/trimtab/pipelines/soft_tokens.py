@@ -356,6 +356,17 @@ def unload_soft_tokens(pipe: DiffusionPipeline) -> None:
 def read_bank(network: nn.Module, path: Path) -> tuple[TokenBank, TokenSettings]:
     """The bank in a file, frozen, and its settings; UserError unless it was made for a network like this one."""
     path = path / FILE if path.is_dir() else path
+    settings = check_file(network, path)
+    state = load_file(path)
+    num_signs, num_sites, num_tokens, width = state["base"].shape
+    settings = replace(settings, num_tokens=num_tokens, separate_times=len(state["time"]) > 1)
+    bank = TokenBank(num_signs, num_sites, width, settings).requires_grad_(False)
+    bank.load_state_dict(state)
+    return bank, settings
+
+
+def check_file(network: nn.Module, path: Path) -> TokenSettings:
+    """Where a file's tokens go; UserError unless they were made for a network like this one. Reads metadata only."""
     about = metadata(path)
     settings = TokenSettings(num_layers=int(about["num_layers"]), stages=tuple(json.loads(about["stages"])))
     made_for, own = f"{about['architecture']} of width {about['width']}", type(network).__name__
@@ -363,12 +374,7 @@ def read_bank(network: nn.Module, path: Path) -> tuple[TokenBank, TokenSettings]
     if where is None or str(where.width) != about["width"] or list(where.names) != json.loads(about["sites"]):
         found = own if where is None else f"{own} of width {where.width} with other blocks"
         raise UserError(f"{path} holds soft tokens for a {made_for}, and this model is a {found}; give theirs.")
-    state = load_file(path)
-    num_signs, num_sites, num_tokens, width = state["base"].shape
-    settings = replace(settings, num_tokens=num_tokens, separate_times=len(state["time"]) > 1)
-    bank = TokenBank(num_signs, num_sites, width, settings).requires_grad_(False)
-    bank.load_state_dict(state)
-    return bank, settings
+    return settings
 
 
 def metadata(path: Path) -> dict[str, str]:

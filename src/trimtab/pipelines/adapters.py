@@ -1,0 +1,83 @@
+"""Small files that change a model: LoRAs, which are merged into it, and soft tokens, which are put beside its text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from trimtab.errors import UserError
+from trimtab.pipelines import soft_tokens
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Files that fit a model."""
+
+    loras: tuple[Path, ...] = ()
+    tokens: Path | None = None
+
+
+def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
+    """The files in the folders (or the files) `names`; UserError unless all fit `network`, which may have no weights.
+
+    Reads names and shapes only. There may be any number of LoRAs, and one bank of soft tokens.
+    """
+    loras, tokens = [], []
+    for name in names:
+        file = _file(name)
+        if file.name == soft_tokens.FILE:
+            soft_tokens.check_file(network, file)
+            tokens.append(file)
+        else:
+            _check_lora(file, network, model, name)
+            loras.append(file)
+    if len(tokens) > 1:
+        raise UserError(f"{tokens[0]} and {tokens[1]} are both soft tokens, and a model takes one bank; give one.")
+    return Adapters(tuple(loras), tokens[0] if tokens else None)
+
+
+def merge(pipe: DiffusionPipeline, loras: Sequence[Path]) -> None:
+    """Add LoRAs to the pipeline's weights, for good."""
+    for file in loras:
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+
+
+def _file(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    for file in (Path(name) / LORA_FILE, Path(name) / soft_tokens.FILE):
+        if file.is_file():
+            return file
+    raise UserError(
+        f"adapter {name!r} has no {LORA_FILE} and no {soft_tokens.FILE}; give the `export` folder of a run."
+    )
+
+
+def _check_lora(file: Path, network: nn.Module, model: str, name: str) -> None:
+    """UserError unless every matrix of a LoRA is as wide as the layer that it changes."""
+    own = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    for key, shape in _shapes(file).items():
+        module, _, part = key.split(".", 1)[1].rpartition(".lora_")
+        weight = own.get(f"{module}.weight")
+        side = 1 if part.startswith("A") else 0
+        if weight is None or weight[side] != shape[side]:
+            found = "is not in it" if weight is None else f"is {weight} there"
+            raise UserError(
+                f"adapter {name!r} belongs to another model than {model!r}: it changes {module}, which {found}; "
+                "give the model that it was trained on."
+            )
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file} is no safetensors file ({error}); it is damaged, fetch or export it again.") from error

@@ -1,0 +1,51 @@
+"""Adapters: a file that does not fit is refused before a weight is read."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trimtab.errors import UserError
+from trimtab.pipelines import adapters, loading
+
+TO_Q = "transformer.transformer_blocks.0.attn.to_q"
+
+
+def adapter(folder, tensors):
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, folder / adapters.LORA_FILE)
+    return str(folder)
+
+
+def test_a_folder_without_the_adapters_file_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(UserError, match=r"no pytorch_lora_weights\.safetensors and no soft_tokens\.safe"):
+        loading.check_adapters([str(tmp_path)], str(tiny_folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"), [("lora_A", (4, 48)), ("lora_B", (48, 4))], ids=["wrong inputs", "wrong outputs"]
+)
+def test_an_adapter_of_other_widths_belongs_to_another_model(tiny_folder, tmp_path, part, shape):
+    folder = adapter(tmp_path, {f"{TO_Q}.{part}.weight": shape})
+    message = r"belongs to another model than .* changes transformer_blocks\.0\.attn\.to_q, which is \(32, 32\) there"
+    with pytest.raises(UserError, match=message):
+        loading.check_adapters([folder], str(tiny_folder))
+
+
+def test_an_adapter_with_modules_that_the_model_lacks_belongs_to_another_model(tiny_folder, tmp_path):
+    folder = adapter(tmp_path, {"transformer.transformer_blocks.7.attn.to_q.lora_A.weight": (4, 32)})
+    with pytest.raises(
+        UserError, match=r"changes transformer_blocks\.7\.attn\.to_q, which is not in it; give the model"
+    ):
+        loading.check_adapters([folder], str(tiny_folder))
+
+
+def test_a_file_that_is_no_adapter_is_refused(tiny_folder, tmp_path):
+    (tmp_path / adapters.LORA_FILE).write_bytes(b"not a safetensors file")
+    with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors"):
+        loading.check_adapters([str(tmp_path)], str(tiny_folder))
+
+
+def test_an_adapter_that_fits_is_found_by_folder_and_by_file(tiny_folder, tmp_path):
+    folder = adapter(tmp_path, {f"{TO_Q}.lora_A.weight": (4, 32), f"{TO_Q}.lora_B.weight": (32, 4)})
+    file = tmp_path / adapters.LORA_FILE
+    assert loading.check_adapters([folder], str(tiny_folder)).loras == (file,)
+    assert loading.check_adapters([str(file)], str(tiny_folder)).loras == (file,)
