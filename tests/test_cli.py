@@ -293,7 +293,7 @@ def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
     [
         ("no/such/folder", "no folder"),
         ("folder", "has no model_index.json"),
-        ("other", "is a StableDiffusionPipeline; trimtab supports StableDiffusion3Pipeline"),
+        ("other", "is a FluxPipeline; trimtab supports StableDiffusion3Pipeline"),
         ("damaged", "is not JSON"),
         ("somebody/model", "not to be had from the hub"),
     ],
@@ -304,7 +304,7 @@ def test_a_model_that_is_no_pipeline_of_ours_is_refused(refused, recipe, tmp_pat
 
     if model == "somebody/model":
         monkeypatch.setattr(loading, "hf_hub_download", offline)
-    for name, index in (("folder", None), ("other", '{"_class_name": "StableDiffusionPipeline"}'), ("damaged", "{")):
+    for name, index in (("folder", None), ("other", '{"_class_name": "FluxPipeline"}'), ("damaged", "{")):
         (tmp_path / name).mkdir()
         if index:
             write(tmp_path / name / "model_index.json", index)

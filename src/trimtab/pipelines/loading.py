@@ -170,7 +170,8 @@ def _stock(
     dtypes = {"default": precision, face.NETWORK: torch.float32 if merged else network_dtype, "vae": torch.float32}
     pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes)
     merge(pipe, merged)
-    getattr(pipe, face.NETWORK).to(network_dtype)
+    if merged and network_dtype != torch.float32:
+        getattr(pipe, face.NETWORK).to(network_dtype)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
