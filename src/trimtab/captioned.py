@@ -10,9 +10,7 @@ caption), and a second run need not call T5's 4.7 billion parameters at all. Wha
 was computed.
 """
 
-import hashlib
 import itertools
-import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,22 +20,19 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trimtab import noise
 from trimtab.batch import Captions, Condition
+from trimtab.cache import Cache, Entry, fingerprint
 from trimtab.config import Strict
 from trimtab.errors import UserError
-from trimtab.files import atomic_write
 from trimtab.pipelines import Pipeline
 from trimtab.worlds.pictures import CURE, Pictures, Unusable
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of cache files: count on when the same weights come to encode differently
 STATS = ("mean", "std")  # of a picture's latents
 MOST_AT_ONCE = 8  # pictures that the auto-encoder gets; its memory, not its speed, grows with them
 
@@ -139,87 +134,6 @@ def _numbered(pictures: Pictures) -> tuple[tuple[int, ...], ...]:
         tuple(numbers.setdefault(pictures.meaning(text), len(numbers)) for text in captions)
         for captions in pictures.captions
     )
-
-
-# ---- what is on disk
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a cache knows under a key; None: nothing yet."""
-
-    key: str
-    tensors: Mapping[str, Tensor] | None
-
-
-@dataclass(frozen=True)
-class Cache:
-    """One safetensors file for each content, under a folder; None: nothing is kept. What can't be read isn't there."""
-
-    folder: Path | None
-    maker: str  # of the tensors: weights, and all else that they depend on beside the content
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def key(self, content: bytes) -> str:
-        return hashlib.sha256(f"{FORMAT} {self.maker} ".encode() + content).hexdigest()
-
-    def find(self, key: str) -> Entry:
-        if self.folder is None:
-            return Entry(key, None)
-        try:
-            tensors = load(self._file(key).read_bytes())
-        except (OSError, SafetensorError):
-            return Entry(key, None)
-        whole = {name: tuple(x.shape) for name, x in tensors.items()} == self.shapes
-        return Entry(key, {name: x.float() for name, x in tensors.items()} if whole else None)
-
-    def write(self, entry: Entry) -> None:
-        if self.folder is None:
-            return
-        packed = {name: _packed(tensor.cpu().contiguous()) for name, tensor in entry.tensors.items()}
-        try:
-            atomic_write(self._file(entry.key), save(packed))
-        except OSError as error:
-            raise UserError(
-                f"cache folder {self.folder} cannot be written ({error.strerror}); make room, or set data.cache=false."
-            ) from error
-
-    def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-
-def _packed(tensor: Tensor) -> Tensor:
-    """In half the bytes, where nothing is lost: text encoders in bf16 say nothing finer."""
-    half = tensor.bfloat16()
-    return half if torch.equal(half.float(), tensor) else tensor
-
-
-def fingerprint(parts: Mapping[str, Any]) -> str:
-    """Of modules, their configs and weights; of tokenizers, everything."""
-    digest = hashlib.sha256()
-    for name, part in sorted(parts.items()):
-        digest.update(name.encode())
-        if not isinstance(part, nn.Module):
-            digest.update(part.backend_tokenizer.to_str().encode())
-            continue
-        config = part.config.to_dict() if hasattr(part.config, "to_dict") else part.config
-        known = {key: value for key, value in config.items() if not key.startswith("_")}  # no paths
-        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-        for key, tensor in part.state_dict().items():
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _parts(pipeline: Pipeline, *beginnings: str) -> dict[str, Any]:
-    parts = pipeline.pipe.components.items()
-    return {name: part for name, part in parts if name.startswith(beginnings) and part is not None}
-
-
-def _tensors(condition: Condition) -> dict[str, Tensor]:
-    """What differs from prompt to prompt."""
-    tensors = {"tokens": condition.tokens, "pooled": condition.pooled}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 # ---- what workers do
@@ -396,3 +310,14 @@ class Captioned:
             cache.write(entries[i])
         rows = [entry.tensors for entry in entries]
         return {name: torch.stack([row[name].to(self.pipeline.device) for row in rows]) for name in rows[0]}
+
+
+def _parts(pipeline: Pipeline, *beginnings: str) -> dict[str, Any]:
+    parts = pipeline.pipe.components.items()
+    return {name: part for name, part in parts if name.startswith(beginnings) and part is not None}
+
+
+def _tensors(condition: Condition) -> dict[str, Tensor]:
+    """What differs from prompt to prompt."""
+    tensors = {"tokens": condition.tokens, "pooled": condition.pooled}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
