@@ -157,3 +157,68 @@ def build_face():
 def tiny(tiny_folder, build_face):
     """Builds the face of the tiny SD3."""
     return partial(build_face, tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tokens_of(tiny_folder):
+    """Builds a method of soft tokens on the tiny SD3, from its configuration: four captioned pictures, loud tokens."""
+    import torch
+
+    from trimtab.batch import Captions
+    from trimtab.methods import agsm, softrepa
+    from trimtab.pipelines import loading
+    from trimtab.pipelines.soft_tokens import TokenSettings
+
+    class Captioned:
+        seed = 0
+
+        def __init__(self, pipeline):
+            texts = ("a red circle", "two stars", "a blue square", "a cat")
+            shape = (4, *pipeline.latent_shape(pipeline.resolution))
+            x0 = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            self.batch = Captions(x0, pipeline.encode(texts), texts, (0, 1, 2, 3), seed=0, step=0)
+
+        def log(self):
+            return {}
+
+    class Built:
+        def __init__(self, config):
+            self.pipeline = loading.load_with_tokens(
+                str(tiny_folder), TokenSettings(num_layers=2), num_signs=config.num_signs, roles=config.roles
+            )
+            banks = self.pipeline.roles.banks
+            for seed, parameter in enumerate(banks["default"].parameters()):
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            for bank in banks.values():
+                bank.load_state_dict(banks["default"].state_dict())
+            captioned = Captioned(self.pipeline)
+            self.batch = captioned.batch
+            self.method = {"agsm": agsm.AGSM, "softrepa": softrepa.SoftREPA}[config.name](
+                config, self.pipeline, captioned
+            )
+
+        def loss(self, step=0):
+            from dataclasses import replace
+
+            return sum(loss.value for loss in self.method.losses(replace(self.batch, step=step)))
+
+        def gradients(self):
+            bank = self.pipeline.roles.banks["default"].requires_grad_(True)
+            bank.zero_grad()
+            self.loss().backward()
+            return [parameter.grad.clone() for parameter in bank.parameters()]
+
+        def rows_with_gradient(self):
+            counted = []
+            predict = self.pipeline.predict
+
+            def counting(x_t, *args, **kwargs):
+                counted.append(len(x_t) if torch.is_grad_enabled() else 0)
+                return predict(x_t, *args, **kwargs)
+
+            self.pipeline.predict = counting
+            self.loss()
+            self.pipeline.predict = predict
+            return sum(counted)
+
+    return Built

@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from trimtab.methods.agsm import alignment_weights, guidance, guided_targets, score_matching_loss
+from trimtab.methods.agsm import AGSMConfig, alignment_weights, guidance, guided_targets, score_matching_loss
 from trimtab.methods.softrepa import contrastive_loss
+from trimtab.pipelines.soft_tokens import NEGATIVE, POSITIVE
 from trimtab.worlds.gaussians import Mixture
 
 
@@ -89,6 +90,70 @@ def test_both_kinds_of_pair_weigh_the_same_and_rows_add_up():
     assert torch.allclose(sum(parts), whole)
     assert score_matching_loss(error[matched], matched[matched], 4, 4) == error[matched].mean()
     assert torch.equal(score_matching_loss(torch.ones(1, 1), torch.ones(1, 1).bool(), 1, 1), torch.tensor(1.0))
+
+
+# ---- the glue, on a small random SD3
+
+
+def test_rows_change_no_gradient(tokens_of):
+    expected = tokens_of(AGSMConfig(rows=4)).gradients()
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+    for rows in (1, 3):
+        for gradient, want in zip(tokens_of(AGSMConfig(rows=rows)).gradients(), expected, strict=True):
+            assert (gradient - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_without_gamma_neg_mismatched_pairs_are_neither_computed_with_gradient_nor_trained(tokens_of):
+    agsm = tokens_of(AGSMConfig(gamma_neg=0.0))
+    base, time = agsm.gradients()
+    assert base[NEGATIVE].abs().max() == 0
+    assert base[POSITIVE].abs().max() > 0
+    assert time.abs().max() > 0
+    assert agsm.rows_with_gradient() == 4
+
+
+def test_a_shared_bank_learns_from_both_kinds_of_pair(tokens_of):
+    agsm = tokens_of(AGSMConfig(shared_bank=True))
+    assert agsm.pipeline.roles.banks["default"].base.shape[0] == 1
+    assert agsm.gradients()[0].abs().max() > 0
+    assert agsm.rows_with_gradient() == 16
+
+
+def test_targets_are_made_by_the_average_and_their_gradient_goes_to_the_trained_tokens_alone(tokens_of):
+    agsm = tokens_of(AGSMConfig())
+    expected = agsm.loss().item()
+    assert agsm.loss().item() == expected
+    agsm.pipeline.roles.banks["average"].base.data *= -1
+    assert agsm.loss().item() != expected
+    agsm.loss().backward()
+    assert all(parameter.grad is None for parameter in agsm.pipeline.roles.banks["average"].parameters())
+
+
+def test_the_average_follows_by_its_decay(tokens_of):
+    agsm = tokens_of(AGSMConfig(ema_decay=0.75))
+    banks = agsm.pipeline.roles.banks
+    before = banks["average"].base.clone()
+    banks["default"].base.data += 1
+    agsm.method.after_step(0)
+    assert torch.allclose(banks["average"].base, before + 0.25)
+
+
+def test_a_random_average_is_the_released_codes_choice(tokens_of):
+    banks = tokens_of(AGSMConfig(ema_start="random")).pipeline.roles.banks
+    assert not torch.equal(banks["average"].base, banks["default"].base)
+
+
+def test_training_leaves_the_backbone_as_it_was(tokens_of):
+    agsm = tokens_of(AGSMConfig())
+    network = agsm.pipeline.roles.network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizer = torch.optim.AdamW(agsm.pipeline.roles.banks["default"].parameters(), 1e-2)
+    for step in range(3):
+        agsm.loss(step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        agsm.method.after_step(step)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 # ---- the scalar toy: an analytic model whose "bank" is one number a sign, v_z = v_u + g_z (v_c - v_u)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,6 +32,18 @@ def brightness(images, prompts, metadata):
 def weighted(prompts, images, weight):
     return [w * image.convert("L").getpixel((5, 5)) for w, image in zip(weight, images)]
 """
+CAPTIONED = {  # sections of a recipe that learns soft tokens from pictures
+    "method": {"name": "agsm", "tokens": {"num_tokens": 2, "num_layers": 2}},
+    "data": {"pictures": "pictures", "num_workers": 0},
+    "rewards": {},
+    "training": {"train_batch_size": 4},
+}
+METHODS = {
+    "crd": {"method": {"name": "crd", "num_train_times": 2}},
+    "diffusion-nft": {"method": {"name": "diffusion-nft", "num_train_times": 2}},
+    "agsm": CAPTIONED,
+    "softrepa": CAPTIONED | {"method": CAPTIONED["method"] | {"name": "softrepa"}},
+}
 CLOCK = ("seconds/", "elapsed_seconds", "images_per_second")  # what differs between two equal runs
 STEPS = 4
 
@@ -52,6 +65,10 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a photo of a red circle\na photo of two stars\n")
     lines = [{"prompt": "one", "weight": 0.25}, {"prompt": "two", "weight": 0.5}, {"prompt": "three", "weight": 1.0}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "pictures").mkdir()
+    for i in range(9):
+        Image.new("RGB", (70, 64), (25 * i, 120, 200 - 20 * i)).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"number {i}")
     return tmp_path
 
 
@@ -209,6 +226,53 @@ def test_lines_of_jsonl_reach_a_reward_as_columns(recipe):
     assert metrics()[0]["rewards/reward.py:weighted/mean"] > 0
 
 
+def test_soft_tokens_are_learnt_from_a_folder_evaluated_and_drawn_with(recipe, cli, tiny):
+    tiny().export(Path("lora"), "default")
+    suite = {"suite": "prompts.txt", "images_per_prompt": 2, "num_inference_steps": 2, "base_guidance_scale": None}
+    path = recipe(**CAPTIONED | {"evaluation": suite}, model={"adapters": ["lora"]})
+    code, stdout, stderr = cli("train", path)
+    assert (code, stderr) == (0, "")
+    assert "report.html" in stdout
+    lines = metrics()
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert {"loss", "weight_matched", "win_rate", "token_norm/positive", "skipped_pictures"} <= set(lines[0])
+    results = json.loads(Path("runs/mine/evaluation/trained/results.json").read_text())
+    assert results["adapters"] == ["lora", "export"]
+    assert {file.name for file in Path("runs/cache").iterdir()} == {"latents", "texts"}
+    words = ["sample", path.parent / "model", "-p", "number 3", "--num-inference-steps", "2"]
+    words[1] = yaml.safe_load(path.read_text())["model"]["pretrained_model_name_or_path"]
+    drawn = []
+    for i, adapters in enumerate([["lora"], ["lora", "runs/mine/export"]]):
+        options = [word for adapter in adapters for word in ("--adapter", adapter)]
+        assert cli(*words, "--output", f"drawn{i}", *options)[0] == 0
+        drawn.append(next(Path(f"drawn{i}").iterdir()).read_bytes())
+    assert drawn[0] != drawn[1]
+
+
+def test_a_captioned_run_without_a_suite_shows_captions_of_its_own(recipe):
+    run.train(run.load_config(str(recipe(**CAPTIONED)), ["training.num_validation_prompts=9"]), Silent())
+    size = Image.open("runs/mine/samples/step-000004.png").size
+    assert size[0] == size[1] == 3 * 64
+
+
+def test_pictures_that_cannot_be_used_stop_a_run_or_are_left_out_and_counted(recipe, cli):
+    Path("pictures/3.txt").write_text("")
+    path = recipe(**CAPTIONED)
+    code, _, stderr = cli("train", path)
+    assert code == 2
+    assert "3.png" in stderr
+    assert "data.on_error=skip" in stderr
+    assert cli("train", path, "data.on_error=skip")[0] == 0
+    assert metrics()[-1]["skipped_pictures"] == 1
+
+
+def test_tokens_cannot_be_merged_before_training(recipe, cli):
+    assert cli("train", recipe(**CAPTIONED | {"name": "first"}))[0] == 0
+    code, _, stderr = cli("train", recipe(**CAPTIONED), 'model.adapters=["runs/first/export"]')
+    assert code == 2
+    assert "can't be merged" in stderr
+
+
 def test_a_run_that_cannot_start_leaves_its_name_free(recipe):
     path = recipe(training={"max_train_steps": 1})
     with pytest.raises(run.UserError, match="to_z"):
@@ -259,14 +323,14 @@ def finished(spawned, path):
     return process.exitcode
 
 
-@pytest.mark.parametrize("method", ["crd", "diffusion-nft"])
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_and_resumed_equals_not_killed_bit_for_bit(recipe, spawned, method):
-    path = recipe(method={"name": method, "num_train_times": 2}, name="whole")
+    path = recipe(**METHODS[method], name="whole")
     started = time.perf_counter()
     assert finished(spawned, path) == 0
     seconds = time.perf_counter() - started
 
-    path = recipe(method={"name": method, "num_train_times": 2})
+    path = recipe(**METHODS[method])
     # While tensors are written (the first file of a save that goes to disk), before the tree is, and before the rename.
     for die in [("to_disk", 1), ("atomic_write", 1), ("_put_in_place", 2), ("prune", 1)]:
         process = spawned(str(path), die)

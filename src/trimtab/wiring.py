@@ -159,7 +159,7 @@ def _with_weights(config: RunConfig, accelerator: Accelerator, inputs: Inputs) -
 
 
 def _with_tokens(config: RunConfig, accelerator: Accelerator, inputs: Inputs) -> Pipeline:
-    pipeline = loading.load_with_tokens(
+    return loading.load_with_tokens(
         config.model.pretrained_model_name_or_path,
         config.method.tokens,
         num_signs=config.method.num_signs,
@@ -169,9 +169,6 @@ def _with_tokens(config: RunConfig, accelerator: Accelerator, inputs: Inputs) ->
         device=accelerator.device,
         seed=config.seed,
     )
-    if config.method.tokens_start == "empty-prompt":
-        pipeline.roles.start_at(pipeline.encode([""]).tokens[0, 0])
-    return pipeline
 
 
 def _prepared(pipeline: Pipeline, config: RunConfig, accelerator: Accelerator) -> Pipeline:

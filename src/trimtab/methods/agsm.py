@@ -125,6 +125,13 @@ class AGSM:
     pipeline: Pipeline
     captioned: Captioned
 
+    def __post_init__(self):
+        tokens = self.pipeline.roles
+        if self.config.tokens_start == "empty-prompt":
+            tokens.start_at(self.pipeline.encode([""]).tokens[0, 0])
+        if self.config.ema_start == "random":
+            tokens.redraw(AVERAGE, self.captioned.seed + 1)
+
     def trained(self) -> dict[str, nn.Module]:
         return {TRAINED: self.pipeline.roles.banks[TRAINED]}
 

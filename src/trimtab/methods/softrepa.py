@@ -78,6 +78,10 @@ class SoftREPA:
     pipeline: Pipeline
     captioned: Captioned
 
+    def __post_init__(self):
+        if self.config.tokens_start == "empty-prompt":
+            self.pipeline.roles.start_at(self.pipeline.encode([""]).tokens[0, 0])
+
     def trained(self) -> dict[str, nn.Module]:
         return {TRAINED: self.pipeline.roles.banks[TRAINED]}
 

@@ -60,11 +60,17 @@ class TokenBank(nn.Module):
 
     def __init__(self, num_signs: int, num_sites: int, width: int, settings: TokenSettings, seed: int = 0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
         num_tables = num_signs if settings.separate_times else 1
-        base = torch.randn(num_signs, num_sites, settings.num_tokens, width, generator=generator)
-        time = torch.randn(num_tables, NUM_BUCKETS, num_sites, width, generator=generator)
-        self.base, self.time = nn.Parameter(INIT_STD * base), nn.Parameter(INIT_STD * time)
+        self.base = nn.Parameter(torch.empty(num_signs, num_sites, settings.num_tokens, width))
+        self.time = nn.Parameter(torch.empty(num_tables, NUM_BUCKETS, num_sites, width))
+        self.draw(seed)
+
+    @torch.no_grad()
+    def draw(self, seed: int) -> None:
+        """Fresh numbers, the same for a seed on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in (self.base, self.time):
+            parameter.copy_(INIT_STD * torch.randn(parameter.shape, generator=generator))
 
     def forward(self, site: int, timestep: Tensor, sign: Tensor) -> Tensor:
         """Tokens (N, m, D) for timesteps (N,) in [0, 1000] and signs (N,)."""
@@ -261,6 +267,10 @@ class SoftTokens:
                     "set method.tokens_start=normal."
                 )
             bank.base[:] = token
+
+    def redraw(self, role: str, seed: int) -> None:
+        """Give a role numbers of its own."""
+        self.banks[role].draw(seed)
 
     @contextmanager
     def signs(self, sign: Tensor) -> Iterator[None]:
