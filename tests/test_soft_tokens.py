@@ -293,7 +293,7 @@ def test_tokens_can_start_at_a_text_token_of_a_unet(tiny_sd_folder, tiny_folder)
 @torch.no_grad()
 def test_an_ordinary_pipeline_draws_with_the_tokens_what_the_face_draws_and_takes_them_off_again(model, tmp_path):
     face = model.face
-    face.roles.export(tmp_path, "default", {"method": "agsm", "base_model": "tiny"})
+    face.roles.export(tmp_path, "default", {"method": "agsm"})
     pipe = DiffusionPipeline.from_pretrained(model.folder)
     pipe.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "pt", "latents": model.x_t}
@@ -348,10 +348,11 @@ def test_tokens_stack_with_a_lora(tiny_folder, tiny, tmp_path):
 
 def test_a_file_says_what_it_fits_and_comes_back_as_it_was(model, tmp_path):
     tokens = model.face.roles
-    tokens.export(tmp_path, "default", {"base_model": "tiny"})
+    tokens.export(tmp_path, "default", {"method": "agsm"})
     about = soft_tokens.metadata(tmp_path / soft_tokens.FILE)
     assert about["architecture"] == type(tokens.network).__name__
-    assert about["base_model"] == "tiny"
+    assert (about["base_model"], about["method"]) == (str(model.folder), "agsm")
+    assert json.loads(about["shapes"])["base"] == list(tokens.banks["default"].base.shape)
     assert json.loads(about["sites"]) == list(tokens.injection.sites.names)
     bank, settings = read_bank(loading.skeleton(str(model.folder)), tmp_path)
     assert settings == SETTINGS

@@ -239,8 +239,9 @@ class SoftTokens:
         num_signs: int,
         roles: Sequence[str] = ("default",),
         seed: int = 0,
+        base_model: str = "",
     ):
-        self.network, self.settings = network, settings
+        self.network, self.settings, self.base_model = network, settings, base_model
         self.injection = Injection(network.requires_grad_(False), settings)
         where = self.injection.sites
         self.banks = {role: TokenBank(num_signs, where.num_sites, where.width, settings, seed) for role in roles}
@@ -320,6 +321,7 @@ class SoftTokens:
         where = self.injection.sites
         metadata = dict(about) | {
             "format": FORMAT,
+            "base_model": self.base_model,
             "architecture": type(self.network).__name__,
             "width": str(where.width),
             "sites": json.dumps(where.names),
@@ -327,6 +329,7 @@ class SoftTokens:
             "stages": json.dumps(self.settings.stages),
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.banks[role].state_dict().items()}
+        metadata["shapes"] = json.dumps({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         atomic_write(folder / FILE, save(tensors, metadata))
 
 
