@@ -1,14 +1,16 @@
 """The loop: where gradients land, how terms add up, what is skipped, and that a resume is exact."""
 
 import copy
+import os
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
-from trimtab.learner import Learner
+from trimtab.learner import Learner, _buckets
 from trimtab.method import Loss
 from trimtab.optimizer import OptimizerConfig, lr_factor
 
@@ -219,3 +221,56 @@ def test_only_parameters_that_want_a_gradient_are_trained_and_there_must_be_one(
     assert set(learner(both, networks={"a": partly}).parameters["a"]) == {"weight"}
     with pytest.raises(ValueError, match="nothing to train: no parameter of Linear requires grad"):
         learner(both, networks={"a": line(0).requires_grad_(False)})
+
+
+# Several processes
+
+
+def test_two_processes_average_their_gradients_although_one_has_fewer_terms_or_none(tmp_path):
+    torch.multiprocessing.spawn(train_together, args=(str(tmp_path),), nprocs=2)
+
+
+def uneven(rank):
+    """What a rank is worth: three terms on one and two on the other for `a`, and `b` on the second rank alone."""
+
+    def terms(networks, batch):
+        rows = batch.split([2, 1, 1, 2, 2])
+        for part in rows[:3] if rank == 0 else rows[3:]:
+            yield Loss("a", networks["a"](part).square().mean() * len(part) / 4)
+        if rank == 1 and batch[0, 0] > -0.5:
+            yield Loss("b", networks["b"](batch).square().mean())
+
+    return terms
+
+
+def as_one(networks, batch):
+    yield Loss("a", networks["a"](batch).square().mean())
+    if batch[0, 0] > -0.5:
+        yield Loss("b", networks["b"](batch).square().mean() / 2)
+
+
+def train_together(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    alone = learner(as_one, num_steps=6)
+    expected = [record.metrics for record in alone.run()]
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    together = learner(uneven(rank), num_steps=6)
+    assert together.accelerator.num_processes == 2
+    seen = [record.metrics for record in together.run()]
+    for name in ("a", "b"):
+        assert gap(weights(alone, name), weights(together, name)) < 1e-5
+    for mine, theirs in zip(seen, expected, strict=True):
+        for key in ("loss/a", "loss/b", "grad_norm/a", "grad_norm/b"):
+            assert (key in mine) == (key in theirs)
+            assert key not in mine or mine[key] == pytest.approx(theirs[key], rel=1e-3)
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_go_over_the_wire_in_buckets_of_one_type(monkeypatch):
+    monkeypatch.setattr("trimtab.learner.BUCKET", 10)
+    sizes, types = (4, 7, 3, 9, 30), (torch.float32,) * 3 + (torch.bfloat16,) * 2
+    parameters = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in zip(sizes, types, strict=True)]
+    assert [[p.numel() for p in bucket] for bucket in _buckets(parameters)] == [[4, 7], [3], [9, 30]]

@@ -1,6 +1,5 @@
 """Roles: the right weights in each forward and in each backward, and nothing else changed by asking for them."""
 
-import os
 import time
 from dataclasses import replace
 from functools import partial
@@ -8,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 import torch.multiprocessing
-from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from pydantic import ValidationError
@@ -577,45 +575,3 @@ def test_a_network_that_carries_adapters_is_refused():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         LoraSettings(**wrong)
-
-
-# --- two processes ---
-
-
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    """Roles take turns: with one DDP over all adapters the second turn would wait for the first role's gradients."""
-    torch.multiprocessing.spawn(reduce_gradients, args=(str(tmp_path),), nprocs=2)
-
-
-def reduce_gradients(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    for lora in (LORA, None):
-        alone, together = two_trained(sd3(), lora), two_trained(sd3(), lora)
-        together.enable_gradient_checkpointing()
-        together.wrap(Accelerator(cpu=True).prepare)
-        assert all(isinstance(door, nn.parallel.DistributedDataParallel) for door in together._wrapped.values())
-        for role in ("default", "fake", "default"):
-            backward(alone, role, slice(None))
-            with torch.no_grad():
-                if rank == 0:  # a rank may run more forwards than another where there is no gradient
-                    predict(together, role)
-            predict(together, "old")
-            backward(together, role, slice(2 * rank, 2 * rank + 2))
-            assert_same_gradients(alone, together)
-    torch.distributed.destroy_process_group()
-
-
-def backward(roles: Roles, role: str, rows: slice) -> None:
-    inputs = {name: value[rows] for name, value in sd3_inputs(batch=4).items()}
-    predict(roles, role, inputs).square().mean().backward(inputs=list(roles.parameters(role).values()))
-
-
-def assert_same_gradients(alone: Roles, together: Roles) -> None:
-    for role in ("default", "fake"):
-        for name, weight in together.parameters(role).items():
-            expected = alone.parameters(role)[name].grad
-            assert (weight.grad is None) == (expected is None), name
-            assert expected is None or (weight.grad - expected).abs().max() < 1e-6, name

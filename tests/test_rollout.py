@@ -120,7 +120,7 @@ def test_two_ranks_of_two_are_one_process():
         assert all((x - y).abs().max() < 1e-5 for x, y in zip(values, both[key], strict=True)), key
 
 
-def on_two_ranks(**kwargs):
+def on_two_ranks(outcome=lambda rank: rank.result(timeout=120), **kwargs):
     """Step 2 on both of two ranks at once; `gather` waits for the other and, like a collective, wants equal shapes."""
     meeting, given = threading.Barrier(2), {}
 
@@ -129,14 +129,16 @@ def on_two_ranks(**kwargs):
         meeting.wait(timeout=60)
         if given[0].shape != given[1].shape:
             raise RuntimeError(f"ranks gather {tuple(given[0].shape)} and {tuple(given[1].shape)}")
-        return torch.cat([given[0], given[1]])
+        both = torch.cat([given[0], given[1]])
+        meeting.wait(timeout=60)
+        return both
 
     with ThreadPoolExecutor(2) as pool:
         ranks = [
             pool.submit(collect, step=2, rank=rank, num_processes=2, gather=partial(gather, rank), **kwargs)
             for rank in range(2)
         ]
-        return [rank.result(timeout=120) for rank in ranks]
+        return [outcome(rank) for rank in ranks]
 
 
 def test_two_ranks_may_have_lost_different_numbers_of_pictures():
@@ -145,6 +147,17 @@ def test_two_ranks_may_have_lost_different_numbers_of_pictures():
     assert sorted(map(len, parts)) == [5, 6]
     both = {key: values for part in parts for key, values in by_sample(part).items()}
     assert max((values[2] - both[key][2]).abs().item() for key, values in by_sample(whole).items()) < 1e-5
+
+
+def test_where_one_rank_is_left_with_nothing_both_stop():
+    first = collect(step=2, num_prompts=2).prompts.text[0]
+
+    def never(images, prompts, metadata):
+        return torch.tensor([NAN if prompt == first else 0.5 for prompt in prompts])
+
+    said = on_two_ranks(outcome=lambda rank: str(rank.exception(timeout=120)), reward=never, num_prompts=2)
+    assert said[0] == "only 0 of 3 pictures were scored, no two of them of one prompt"
+    assert said[1] == "on another process no two pictures of one prompt were scored"
 
 
 def first_missing():

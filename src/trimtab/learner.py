@@ -1,5 +1,8 @@
 """The only training loop. It owns the backward passes, clipping, the optimizers and their learning rate.
 
+Over several processes it averages gradients itself, once an update. A process may have fewer terms than another, or
+none, as where a reward failed for its pictures: nobody waits for a backward pass that does not come.
+
 It knows `method.py` and no method. It yields a `Record` after each step; whoever drives it logs, evaluates and saves.
 A gradient lands only where a `Loss` says (`inputs=`). All noise is seeded by step, so what `state()` holds is enough
 to go on bit for bit.
@@ -8,7 +11,7 @@ to go on bit for bit.
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,8 @@ from trimtab.optimizer import OptimizerConfig, adamw, lr_factor
 
 logger = logging.getLogger(__name__)
 
+BUCKET = 2**24  # elements: 64 MiB of float32
+
 
 @dataclass(frozen=True)
 class Record:
@@ -31,7 +36,7 @@ class Record:
 
 
 class Learner:
-    """Runs a method for `num_steps` steps. Networks that are to be wrapped for several processes are so already."""
+    """Runs a method for `num_steps` steps. Every process must start from the same weights."""
 
     def __init__(self, method: Method, accelerator: Accelerator, config: OptimizerConfig, num_steps: int):
         self.method, self.accelerator, self.config, self.num_steps = method, accelerator, config, num_steps
@@ -86,9 +91,30 @@ class Learner:
             totals[loss.network] = totals.get(loss.network, 0) + loss.value.detach()
             for name, value in loss.metrics.items():
                 log[name].append(value)
-        for name, total in totals.items():
-            self._move(name, total, log)
+        for name in self.parameters:
+            total = self._agreed(name, totals.get(name))
+            if total is not None:
+                self._move(name, total, log)
         self.updates += 1
+
+    def _agreed(self, network: str, total: Tensor | None) -> Tensor | None:
+        """The mean of the processes' losses, their gradients averaged, too; None if no process has a term."""
+        if self.accelerator.num_processes == 1:
+            return total
+        has, value = float(total is not None), 0.0 if total is None else float(total)
+        terms, value = self._reduced(torch.tensor([has, value], device=self.accelerator.device))
+        if not terms:
+            return None
+        for bucket in _buckets(self.parameters[network].values()):
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            averaged = self._reduced(torch.cat([gradient.flatten() for gradient in gradients]))
+            parts = averaged.split([p.numel() for p in bucket])
+            for parameter, part in zip(bucket, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+        return value
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        return self.accelerator.reduce(x, "mean")
 
     def _move(self, network: str, total: Tensor, log: dict[str, list]) -> None:
         """Clip and step one network's optimizer; a gradient that is not finite is dropped, and counted."""
@@ -128,6 +154,17 @@ class Learner:
             for name, values in log.items()
         }
         return metrics | {"updates": self.updates, "seconds/step": seconds}
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one type in lists of BUCKET elements or a little more, which go over the wire together."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and (sum(p.numel() for p in bucket) >= BUCKET or bucket[0].dtype != parameter.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    yield bucket
 
 
 def _trainable(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -88,7 +88,6 @@ class Roles:
             self._doors = {role: _Door(network, _Switch(self._active, [role])) for role in self.names}
             self._doors[REFERENCE] = _Door(network, _Switch(self._active, []))
             self._start_adapters(lora, seed)
-        self._wrapped: dict[str, nn.Module] = {}
 
     def __call__(self, role: str, /, *args, **kwargs) -> Any:
         """The network's forward with that role's weights. Opens no autocast and no no_grad: both are the caller's."""
@@ -98,8 +97,6 @@ class Roles:
         self._check_untouched()
         if door.network.training != self.network.training:  # a copy; roles are compared, so they must agree on this
             door.network.train(self.network.training)
-        if torch.is_grad_enabled():
-            door = self._wrapped.get(role, door)  # without gradient ranks need not wait for each other
         return door(*args, **kwargs)
 
     def module(self, role: str) -> nn.Module:
@@ -163,20 +160,6 @@ class Roles:
         for role in self.trained:
             self._doors[role].network.enable_gradient_checkpointing(gradient_checkpointing_func=self._checkpoint)
 
-    def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
-        """Let `accelerator.prepare` (or DDP) wrap each trained role; its forwards with gradient then take the wrapper.
-
-        A wrapper reduces that role's gradients and no others, so two trained roles may take turns. The accelerator's
-        mixed precision must be off: it would put the trained roles under autocast and not the others.
-        """
-        for role in self.trained:
-            door = self._doors[role]
-            own = {id(tensor) for tensor in self._tensors(role).values()}
-            named = chain(door.named_parameters(), door.named_buffers())
-            # Set by hand: DDP's setter of this field marks the tensors too, and doors share them.
-            door._ddp_params_and_buffers_to_ignore = [name for name, tensor in named if id(tensor) not in own]
-            self._wrapped[role] = prepare(door)
-
     def _tensors(self, role: str) -> dict[str, Tensor]:
         """A role's parameters and saved buffers, asked anew because `.to(device)` replaces buffers."""
         if role not in self.names:
@@ -237,7 +220,7 @@ class _Switch:
 
 
 class _Door(nn.Module):
-    """One role as a module of its own, which is what DDP can wrap."""
+    """One role's way into the network."""
 
     def __init__(self, network: nn.Module, switch: AbstractContextManager):
         super().__init__()

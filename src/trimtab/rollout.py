@@ -74,7 +74,7 @@ class Rollouts:
         text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
         scored = self.rewards.score(images, text, metadata, group)
         seconds = {"seconds/sampling": sampled - started, "seconds/rewards": time.perf_counter() - sampled}
-        kept = _comparable(scored.total, group)
+        kept = self._comparable(scored.total, group)
         reward = scored.total[kept].float()
         scaled = reward / (self._spread(reward, group[kept]) + ADVANTAGE_EPS)
         rollout = Rollout(
@@ -113,6 +113,21 @@ class Rollouts:
             )
             images.append(self.pipeline.decode(latents[-1]).cpu())
         return torch.cat(latents), torch.cat(images)
+
+    def _comparable(self, total: Tensor, group: Tensor) -> Tensor:
+        """Indices of the pictures that have a score and at least one scored sibling; RewardFailed, in every process,
+        where one of them is left without any."""
+        scored = total.isfinite()
+        siblings = torch.bincount(group, weights=scored.double())[group]
+        kept = (scored & (siblings > 1)).nonzero().squeeze(1)
+        left = torch.tensor([float(len(kept))], device=self.pipeline.device)
+        if not (left if self.gather is None else self.gather(left)).all():
+            raise RewardFailed(
+                f"only {int(scored.sum())} of {len(total)} pictures were scored, no two of them of one prompt"
+                if not len(kept)
+                else "on another process no two pictures of one prompt were scored"
+            )
+        return kept
 
     def _spread(self, reward: Tensor, group: Tensor) -> Tensor:
         """Standard deviation of the rewards: of each sample's siblings (B,), or over all processes, a scalar."""
@@ -158,18 +173,6 @@ def sample(
         return pipeline.predict(x_t, t, condition, role, guidance_scale)
 
     return ode(predict, start, times.to(start.device), order)
-
-
-def _comparable(total: Tensor, group: Tensor) -> Tensor:
-    """Indices of the pictures that have a score and at least one scored sibling; RewardFailed where none is left."""
-    scored = total.isfinite()
-    siblings = torch.bincount(group, weights=scored.double())[group]
-    kept = (scored & (siblings > 1)).nonzero().squeeze(1)
-    if not len(kept):
-        raise RewardFailed(
-            f"only {int(scored.sum())} of {len(total)} pictures were scored, no two of them of one prompt"
-        )
-    return kept
 
 
 def _distance(latents: Tensor, group: Tensor) -> float:

@@ -136,12 +136,14 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
     if name in PRETRAIN:
         method = PRETRAIN[name](config.method, config.seed, accelerator.device, config.model.precision)
     elif name in CAPTIONED:
-        pipeline = _prepared(_with_tokens(config, accelerator, inputs), config, accelerator)
+        pipeline = _with_tokens(config, accelerator, inputs)
         method = CAPTIONED[name](config.method, pipeline, _captioned(config, folder, accelerator, inputs, pipeline))
     else:
-        pipeline = _prepared(_with_weights(config, accelerator, inputs), config, accelerator)
+        pipeline = _with_weights(config, accelerator, inputs)
         rollouts = _rollouts(config, accelerator, inputs, pipeline)
         method = ONLINE[name](config.method, pipeline, rollouts, config.training.train_batch_size)
+    if pipeline is not None and config.model.gradient_checkpointing:
+        pipeline.roles.enable_gradient_checkpointing()
     learner = Learner(method, accelerator, config.optimizer, config.training.max_train_steps)
     return Run(config, folder, accelerator, learner, method, pipeline, inputs.rewards, inputs.unseen, display)
 
@@ -169,15 +171,6 @@ def _with_tokens(config: RunConfig, accelerator: Accelerator, inputs: Inputs) ->
         device=accelerator.device,
         seed=config.seed,
     )
-
-
-def _prepared(pipeline: Pipeline, config: RunConfig, accelerator: Accelerator) -> Pipeline:
-    """Gradient checkpointing if wanted, and the wrappers that average gradients over several processes."""
-    if config.model.gradient_checkpointing:
-        pipeline.roles.enable_gradient_checkpointing()
-    if accelerator.num_processes > 1:
-        pipeline.roles.wrap(accelerator.prepare_model)
-    return pipeline
 
 
 def _rollouts(config: RunConfig, accelerator: Accelerator, inputs: Inputs, pipeline: Pipeline) -> Rollouts:

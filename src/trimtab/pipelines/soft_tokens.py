@@ -247,16 +247,13 @@ class SoftTokens:
         self.banks = {role: TokenBank(num_signs, where.num_sites, where.width, settings, seed) for role in roles}
         for role, bank in self.banks.items():
             bank.to(next(network.parameters()).device).requires_grad_(role == roles[0])
-        self._doors = {role: _Door(network, self.injection, bank) for role, bank in self.banks.items()}
-        self._doors[REFERENCE] = _Door(network, self.injection, None)
-        self._wrapped: dict[str, nn.Module] = {}
 
     def __call__(self, role: str, /, *args, **kwargs) -> Any:
         """The network's forward with that role's tokens."""
-        if role not in self._doors:
-            raise ValueError(f"role {role!r} does not exist; the roles are {', '.join(self._doors)}")
-        door = self._doors[role]
-        return (self._wrapped.get(role, door) if torch.is_grad_enabled() else door)(*args, **kwargs)
+        if role not in self.banks and role != REFERENCE:
+            raise ValueError(f"role {role!r} does not exist; the roles are {', '.join((*self.banks, REFERENCE))}")
+        with self.injection.using(self.banks.get(role)):
+            return self.network(*args, **kwargs)
 
     @torch.no_grad()
     def start_at(self, token: Tensor) -> None:
@@ -307,15 +304,6 @@ class SoftTokens:
         """Trade compute for memory in the frozen network, through which the tokens' gradient passes."""
         self.network.enable_gradient_checkpointing(gradient_checkpointing_func=self.injection.checkpoint)
 
-    def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
-        """Let DDP wrap the role that learns, so that its gradients are averaged over the processes."""
-        role = next(iter(self.banks))
-        door = self._doors[role]
-        own = {id(p) for p in self.banks[role].parameters()}
-        tensors = [*door.named_parameters(), *door.named_buffers()]
-        door._ddp_params_and_buffers_to_ignore = [name for name, tensor in tensors if id(tensor) not in own]
-        self._wrapped[role] = prepare(door)
-
     def export(self, folder: Path, role: str, about: Mapping[str, str]) -> None:
         """Write a role's bank as `soft_tokens.safetensors`; its metadata says what it fits, and `about` where from."""
         where = self.injection.sites
@@ -331,18 +319,6 @@ class SoftTokens:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.banks[role].state_dict().items()}
         metadata["shapes"] = json.dumps({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         atomic_write(folder / FILE, save(tensors, metadata))
-
-
-class _Door(nn.Module):
-    """One role as a module of its own, which is what DDP can wrap."""
-
-    def __init__(self, network: nn.Module, injection: Injection, bank: TokenBank | None):
-        super().__init__()
-        self.network, self.bank, self.injection = network, bank, injection
-
-    def forward(self, *args, **kwargs) -> Any:
-        with self.injection.using(self.bank):
-            return self.network(*args, **kwargs)
 
 
 # ---- files, and ordinary pipelines

@@ -1,0 +1,201 @@
+"""Soft tokens on the built-in model: what they change, which settings matter, and what a step costs.
+
+    python benchmarks/agsm.py [--steps 300] [--seeds 0 1 2] [--crd runs/crd-micro/export]
+    python benchmarks/agsm.py --study [--steps 300]      # tokens, layers, temperature, gammas: one seed each
+    python benchmarks/agsm.py --cost                     # time against plain passes, memory against `rows`
+
+All runs see the same captioned pictures in the same order, with the same noise. Scores are of the test prompts of
+blocks, 4 pictures each. Writes benchmarks/results/agsm*.{json,md}. A run that is finished already is not run again.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from trimtab import run
+from trimtab.batch import Captions
+from trimtab.cli import Terminal
+from trimtab.methods import agsm
+from trimtab.pipelines import loading
+from trimtab.pipelines.soft_tokens import TokenSettings
+
+RESULTS = Path(__file__).parent / "results"
+VARIANTS = {  # name -> recipe and changes
+    "SoftREPA": ("softrepa-micro", []),
+    "AGSM": ("agsm-micro", []),
+    "AGSM, matched pairs only": ("agsm-micro", ["method.gamma_neg=0"]),
+    "AGSM, one bank": ("agsm-micro", ["method.shared_bank=true"]),
+    "score matching only": ("agsm-micro", ["method.gamma_pos=0", "method.gamma_neg=0"]),
+}
+ON_CRD = "AGSM on CRD"
+STUDY = {
+    "1 token": ["method.tokens.num_tokens=1"],
+    "16 tokens": ["method.tokens.num_tokens=16"],
+    "first layer only": ["method.tokens.num_layers=1"],
+    "all 6 layers": ["method.tokens.num_layers=6"],
+    "tau 0.01": ["method.temperature=0.01"],
+    "tau 1": ["method.temperature=1.0"],
+    "gamma+ 0.5": ["method.gamma_pos=0.5"],
+    "gamma- 1": ["method.gamma_neg=1.0"],
+    "average 0.99": ["method.ema_decay=0.99"],
+}
+
+
+def trained(name: str, recipe: str, changes: list[str], seed: int, given: argparse.Namespace) -> Path:
+    """The run folder of one variant, trained to its end and evaluated."""
+    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
+    overrides = [
+        *changes,
+        f"name=tokens-{slug}-seed{seed}",
+        f"seed={seed}",
+        f"output_dir={given.output}",
+        f"training.max_train_steps={given.steps}",
+        f"training.checkpointing_steps={given.steps}",
+        f"evaluation.guidance_scale={given.guidance_scale}",
+        "training.num_validation_prompts=0",
+    ]
+    with Terminal() as display:
+        return run.train(run.load_config(recipe, overrides), display, resume=True, command="agsm.py")
+
+
+def numbers(folder: Path, label: str = "trained") -> dict[str, float]:
+    results = json.loads((folder / "evaluation" / label / "results.json").read_text())
+    strict = results["scores"]["strict"]
+    scores = {"strict": strict["overall"]["mean"]} | {tag: value["mean"] for tag, value in strict["tags"].items()}
+    scores["recognizer"] = results["scores"]["recognizer"]["overall"]["mean"]
+    return scores | {"frechet": results["frechet_distance"], "diversity": results["diversity"]}
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: means over seeds, and for the overall score the range."""
+    columns = list(next(iter(rows.values()))[0])
+    lines = ["| | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for name, runs in rows.items():
+        cells = []
+        for column in columns:
+            values = [each[column] for each in runs]
+            spread = f" ({min(values):.3f} to {max(values):.3f})" if column == "strict" and len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    folders = {
+        name: [trained(name, recipe, changes, seed, given) for seed in given.seeds]
+        for name, (recipe, changes) in VARIANTS.items()
+    }
+    rows = {"base": [numbers(folders["AGSM"][0], "base")]}
+    rows |= {name: [numbers(folder) for folder in runs] for name, runs in folders.items()}
+    if given.crd is not None:
+        adapters = [f"model.adapters=[{given.crd}]"]
+        runs = [trained(ON_CRD, "agsm-micro", adapters, seed, given) for seed in given.seeds]
+        rows["CRD"] = [numbers(runs[0], "base")]
+        rows[ON_CRD] = [numbers(folder) for folder in runs]
+    return rows
+
+
+def study(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    folders = {name: trained(name, "agsm-micro", changes, 0, given) for name, changes in STUDY.items()}
+    default = trained("AGSM", "agsm-micro", [], 0, given)
+    rows = {"base": [numbers(default, "base")], "AGSM": [numbers(default)]}
+    return rows | {name: [numbers(folder)] for name, folder in folders.items()}
+
+
+# ---- what a step costs
+
+
+def batch_of(pipeline, size: int) -> Captions:
+    texts = tuple(f"a photo of {n} red circles" for n in range(size))
+    x0 = torch.randn(size, *pipeline.latent_shape(pipeline.resolution))
+    return Captions(x0, pipeline.encode(texts), texts, tuple(range(size)), seed=0, step=0)
+
+
+def ready(size: int, rows: int):
+    """A method, its batch, and its parameters."""
+    config = agsm.AGSMConfig(rows=rows)
+    pipeline = loading.load_with_tokens(
+        "micro", TokenSettings(), num_signs=2, roles=config.roles, precision=torch.bfloat16
+    )
+    return agsm.AGSM(config, pipeline, None), batch_of(pipeline, size)
+
+
+def seconds_of(call, repeats: int = 12) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def one_step(method, batch) -> None:
+    for loss in method.losses(batch):
+        loss.value.backward()
+
+
+def plain_passes(method, batch) -> None:
+    """As many passes through the same network as a step has, and nothing else."""
+    pipeline, pairs, rows = method.pipeline, len(batch) ** 2, method.config.rows * len(batch)
+    picture = torch.arange(len(batch)).repeat_interleave(len(batch))
+    x_t, condition, t = batch.x0[picture], batch.condition[torch.arange(pairs) % len(batch)], torch.tensor(0.5)
+    for part in torch.arange(pairs).split(rows):
+        with torch.no_grad():
+            pipeline.predict(x_t[part], t, condition[part], agsm.AVERAGE)
+        pipeline.predict(x_t[part], t, condition[part], agsm.TRAINED).value.square().mean().backward()
+
+
+def peak_bytes(size: int, rows: int) -> int:
+    """Of a process of its own that takes two steps."""
+    words = [sys.executable, __file__, "--peak", str(size), str(rows)]
+    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def cost() -> str:
+    lines = ["| pictures | rows | step, s | plain passes, s | ratio | peak, MiB |", "| --- |" + " --- |" * 5]
+    for size, rows in ((4, 4), (8, 8), (8, 2), (32, 32), (32, 4)):
+        method, batch = ready(size, rows)
+        step, plain = seconds_of(lambda: one_step(method, batch)), seconds_of(lambda: plain_passes(method, batch))  # noqa: B023
+        peak = peak_bytes(size, rows) / 2**20
+        lines.append(f"| {size} | {rows} | {step:.3f} | {plain:.3f} | {step / plain:.3f} | {peak:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--crd", type=Path, help="the `export` folder of a CRD run, to train tokens on top of")
+    parser.add_argument("--output", type=Path, default=Path("runs"))
+    parser.add_argument("--study", action="store_true")
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    if given.peak:
+        method, batch = ready(*given.peak)
+        for _ in range(2):
+            one_step(method, batch)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        return
+    name = "agsm_cost" if given.cost else "agsm_study" if given.study else "agsm"
+    rows = {} if given.cost else study(given) if given.study else compare(given)
+    text = cost() if given.cost else table(rows)
+    (RESULTS / f"{name}.md").write_text(text)
+    if rows:
+        about = {"steps": given.steps, "seeds": given.seeds, "guidance_scale": given.guidance_scale}
+        (RESULTS / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
