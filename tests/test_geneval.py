@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.errors import UserError
-from trimtab.rewards.geneval import RELATIONS, Detection, GenEval, judge, relations, summary, validate_metadata
+from trimtab.rewards.geneval import RELATIONS, Detection, GenEval, judge, relations, validate_metadata
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "geneval.json").read_text())
 
@@ -378,14 +378,6 @@ def test_the_reward_refuses_an_unknown_mode_and_images_that_do_not_fit():
         GenEval(list, "lenient")
     with pytest.raises(ValueError, match=r"images \(2, 3, 4, 4\) for 1 metadata"):
         GenEval(list)(torch.zeros(2, 3, 4, 4), ["p"] * 2, [{}])
-
-
-def test_overall_is_the_mean_of_the_tags_means_however_many_images_each_has():
-    means, overall = summary(["a", "b", "a", "a", "a"], [True, True, False, False, False])
-    assert means == {"a": 0.25, "b": 1.0}
-    assert overall == 0.625
-    with pytest.raises(ValueError, match="no images"):
-        summary([], [])
 
 
 # ---- metadata

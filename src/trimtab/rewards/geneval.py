@@ -81,17 +81,6 @@ def relations(a: Box, b: Box) -> tuple[str, ...]:
     return tuple(r for r, holds in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5), strict=True) if holds)
 
 
-def summary(tags: Sequence[str], correct: Sequence[float]) -> tuple[dict[str, float], float]:
-    """The mean of each tag, and GenEval's overall score: the mean of these means, however many images a tag has."""
-    by_tag = defaultdict(list)
-    for tag, value in zip(tags, correct, strict=True):
-        by_tag[tag].append(float(value))
-    means = {tag: sum(values) / len(values) for tag, values in by_tag.items()}
-    if not means:
-        raise ValueError("summary of no images: expected at least one tag")
-    return means, sum(means.values()) / len(means)
-
-
 @dataclass(frozen=True)
 class GenEval:
     """The reward. `reader` takes images (B, 3, H, W) in [0, 1] and returns B lists of detections."""
