@@ -202,7 +202,7 @@ def test_no_forward_changes_what_requires_grad(lora):
 
 
 def gradient_flags(roles: Roles) -> dict[int, bool]:
-    return {id(weight): weight.requires_grad for door in roles._doors.values() for weight in door.parameters()}
+    return {id(weight): weight.requires_grad for door in roles._doors.values() for weight in door.network.parameters()}
 
 
 def test_peft_itself_would_change_what_requires_grad():
@@ -223,7 +223,7 @@ def test_a_gradient_lands_only_on_the_role_that_ran(lora):
     shake(roles, "default", "fake", "old")
     predict(roles, "fake").square().mean().backward()
     own = {id(weight) for weight in roles.parameters("fake").values()}
-    graded = {id(weight) for door in roles._doors.values() for weight in door.parameters() if weight.grad is not None}
+    graded = {id(weight) for door in roles._doors.values() for weight in door.network.parameters() if weight.grad is not None}
     assert graded == own
 
 

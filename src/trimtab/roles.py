@@ -13,9 +13,10 @@ whatever an optimizer or `blend` has done to the weight since.
 """
 
 import copy
+import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, Literal
 
@@ -78,6 +79,7 @@ class Roles:
         self.names = (*self.trained, *self.frozen)  # the roles that have a state
         _check_names(self.trained, self.names)
         self.lora = lora
+        self._merged: str | None = None  # the role whose LoRA is in the network's own weights just now
         self._layers: dict[str, LoraLayer] = {}  # module name -> PEFT layer; stays empty without LoRA
         self._active = [self.trained[0]]  # the one list from which every PEFT layer reads its adapter
         if lora is None:
@@ -95,6 +97,8 @@ class Roles:
             raise ValueError(f"role {role!r} does not exist; the roles are {', '.join(self._doors)}")
         door = self._doors[role]
         self._check_untouched()
+        if self._merged is not None:
+            door = self._door_of_merged(role)
         if door.network.training != self.network.training:  # a copy; roles are compared, so they must agree on this
             door.network.train(self.network.training)
         return door(*args, **kwargs)
@@ -124,6 +128,30 @@ class Roles:
                 tensor.copy_(new[name])
             else:
                 tensor.lerp_(new[name], 1 - decay)  # for half types too computed in float32 and rounded once
+
+    @contextmanager
+    def merged(self, role: str) -> Iterator[None]:
+        """In here this role alone may be called, without gradient, at the cost of the bare network.
+
+        Its LoRA is added to the weights, and rounded to their type: what is sampled so is that close to the role, and
+        no closer. Afterwards the weights are back bit for bit. Without LoRA, and for `ref`, nothing happens.
+        """
+        if not self._layers or role == REFERENCE:
+            yield
+            return
+        own = {name: layer.get_base_layer().weight for name, layer in self._layers.items()}
+        saved = {name: weight.detach().clone() for name, weight in own.items()}
+        self._merged = role
+        try:
+            with torch.no_grad():
+                for name, layer in self._layers.items():
+                    own[name].copy_(own[name].float() + layer.get_delta_weight(role).float())
+            yield
+        finally:
+            self._merged = None
+            with torch.no_grad():
+                for name, weight in own.items():
+                    weight.copy_(saved[name])
 
     def state_dict(self, roles: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
         """{role: {name: tensor}} of these roles, or of all but `ref`. The tensors are the living ones, as in torch."""
@@ -159,6 +187,13 @@ class Roles:
             raise UserError(f"{type(self.network).__name__} has no gradient checkpointing; turn it off in the recipe.")
         for role in self.trained:
             self._doors[role].network.enable_gradient_checkpointing(gradient_checkpointing_func=self._checkpoint)
+
+    def _door_of_merged(self, role: str) -> "_Door":
+        if role != self._merged or torch.is_grad_enabled():
+            raise RuntimeError(
+                f"role {self._merged!r} is merged: until it is not, only it can be called, without gradient"
+            )
+        return self._doors[REFERENCE]  # no adapter on top
 
     def _tensors(self, role: str) -> dict[str, Tensor]:
         """A role's parameters and saved buffers, asked anew because `.to(device)` replaces buffers."""
@@ -219,14 +254,14 @@ class _Switch:
         self.active[:] = self.outer.pop()
 
 
-class _Door(nn.Module):
+@dataclasses.dataclass(frozen=True)
+class _Door:
     """One role's way into the network."""
 
-    def __init__(self, network: nn.Module, switch: AbstractContextManager):
-        super().__init__()
-        self.network, self.switch = network, switch
+    network: nn.Module
+    switch: AbstractContextManager
 
-    def forward(self, *args, **kwargs) -> Any:
+    def __call__(self, *args, **kwargs) -> Any:
         with self.switch:
             return self.network(*args, **kwargs)
 

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,7 @@ class RolloutConfig(Strict):
     guidance_scale: float = Field(1.0, ge=0)  # 1 is off
     solver_order: Literal[1, 2] = 1
     sample_batch_size: int = Field(8, gt=0)  # pictures in one forward
+    merge_lora: bool = False  # sample with the LoRA added to the weights: faster, and as exact as their type
     # Rewards are divided by the standard deviation among siblings, over all groups ("pooled") or of each ("group"), or
     # by that of all rewards ("global", as published), which a constant added to one prompt's rewards would change.
     advantage_std: Literal["pooled", "global", "group"] = "pooled"
@@ -105,13 +107,14 @@ class Rollouts:
         shape = self.pipeline.latent_shape(self.resolution)
         times = self.pipeline.time_grid(self.config.num_inference_steps)
         latents, images = [], []
-        for part in torch.arange(len(keys)).split(self.config.sample_batch_size):
-            start = noise.normal([keys[i] for i in part], shape).to(self.pipeline.device)
-            own = condition[group[part].to(self.pipeline.device)]
-            latents.append(
-                sample(self.pipeline, start, times, own, role, self.config.guidance_scale, self.config.solver_order)
-            )
-            images.append(self.pipeline.decode(latents[-1]).cpu())
+        with self.pipeline.roles.merged(role) if self.config.merge_lora else nullcontext():
+            for part in torch.arange(len(keys)).split(self.config.sample_batch_size):
+                start = noise.normal([keys[i] for i in part], shape).to(self.pipeline.device)
+                own = condition[group[part].to(self.pipeline.device)]
+                latents.append(
+                    sample(self.pipeline, start, times, own, role, self.config.guidance_scale, self.config.solver_order)
+                )
+                images.append(self.pipeline.decode(latents[-1]).cpu())
         return torch.cat(latents), torch.cat(images)
 
     def _comparable(self, total: Tensor, group: Tensor) -> Tensor:
