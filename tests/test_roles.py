@@ -97,6 +97,47 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n].view(torch.int32), b[n].view(torch.int32)) for n in a)
 
 
+# --- merged for sampling ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_merged_a_role_predicts_the_same_and_afterwards_every_weight_is_what_it_was(dtype, tolerance):
+    network, inputs = sd3().to(dtype), sd3_inputs(dtype=dtype)
+    roles = Roles(network, frozen=("old",), lora=LORA)
+    shake(roles, "default", "old")
+    before = copied({name: tensor.float() for name, tensor in network.state_dict().items()})
+    expected = {role: predict(roles, role, inputs) for role in ("default", "old", REFERENCE)}
+    for role in ("default", "old"):
+        with roles.merged(role):
+            merged = predict(roles, role, inputs)
+        assert (merged - expected[role]).abs().max() < tolerance
+        assert (merged - expected[REFERENCE]).abs().max() > 2 * tolerance
+        assert same_bits({name: tensor.float() for name, tensor in network.state_dict().items()}, before)
+    assert all(torch.equal(predict(roles, role, inputs), value) for role, value in expected.items())
+
+
+def test_what_is_not_merged_cannot_be_called_meanwhile_nor_can_a_gradient_be_asked_for():
+    roles = Roles(sd3(), frozen=("old",), lora=LORA)
+    with roles.merged("old"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="role 'old' is merged: only it can be called"):
+            predict(roles, "default")
+        with pytest.raises(RuntimeError, match="and without gradient"):
+            predict(roles, "old")
+    with pytest.raises(ZeroDivisionError), roles.merged("old"):
+        raise ZeroDivisionError
+    predict(roles, "default")
+
+
+@torch.no_grad()
+def test_merging_a_whole_network_or_the_reference_is_nothing():
+    for roles, role in ((Roles(sd3(), lora=None), "default"), (Roles(sd3(), lora=LORA), REFERENCE)):
+        expected = predict(roles, role)
+        with roles.merged(role):
+            assert torch.equal(predict(roles, role), expected)
+            predict(roles, "default")
+
+
 # --- how roles start ---
 
 
@@ -223,7 +264,8 @@ def test_a_gradient_lands_only_on_the_role_that_ran(lora):
     shake(roles, "default", "fake", "old")
     predict(roles, "fake").square().mean().backward()
     own = {id(weight) for weight in roles.parameters("fake").values()}
-    graded = {id(weight) for door in roles._doors.values() for weight in door.network.parameters() if weight.grad is not None}
+    weights = [weight for door in roles._doors.values() for weight in door.network.parameters()]
+    graded = {id(weight) for weight in weights if weight.grad is not None}
     assert graded == own
 
 

@@ -199,6 +199,15 @@ def test_a_method_whose_log_ratio_is_measured_against_the_old_policy_starts_at_n
     assert metrics()[0]["implicit_reward_std"] == 0
 
 
+def test_sampling_with_the_lora_merged_draws_the_same_pictures(recipe):
+    for merged in (False, True):
+        config = run.load_config(str(recipe(name=f"merged-{merged}".lower())), [f"rollout.merge_lora={merged}".lower()])
+        run.train(config, Silent())
+    plain, merged = metrics("runs/merged-false"), metrics("runs/merged-true")
+    for one, other in zip(plain, merged, strict=True):
+        assert one["reward"] == pytest.approx(other["reward"], abs=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_diffusion_nft_recipe_runs(recipe, precision):
     path = recipe(method={"name": "diffusion-nft", "num_train_times": 2}, model={"mixed_precision": precision})

@@ -190,9 +190,7 @@ class Roles:
 
     def _door_of_merged(self, role: str) -> "_Door":
         if role != self._merged or torch.is_grad_enabled():
-            raise RuntimeError(
-                f"role {self._merged!r} is merged: until it is not, only it can be called, without gradient"
-            )
+            raise RuntimeError(f"role {self._merged!r} is merged: only it can be called, and without gradient")
         return self._doors[REFERENCE]  # no adapter on top
 
     def _tensors(self, role: str) -> dict[str, Tensor]:
