@@ -48,7 +48,7 @@ def main() -> None:
         with TemporaryDirectory() as folder, Terminal() as display:
             found = inference.evaluate_model(
                 "micro",
-                None,
+                [],
                 "blocks",
                 Path(folder),
                 display,

@@ -54,7 +54,7 @@ def test_a_picture_can_be_made_again_from_its_row(face, tiny_folder, tmp_path):
     assert [row["seed"] for row in rows] == [30, 31, 32, 33, 34, 35]
     row = rows[3]
     how = {"num_inference_steps": 2, "guidance_scale": 2.0, "images_per_prompt": 1, "seed": row["seed"]}
-    (file,) = inference.sample(str(tiny_folder), None, [row["prompt"]], tmp_path / "again", QUIET, **how)
+    (file,) = inference.sample(str(tiny_folder), [], [row["prompt"]], tmp_path / "again", QUIET, **how)
     again, first = (np.asarray(Image.open(path), dtype=int) for path in (file, tmp_path / row["file"]))
     assert np.abs(again - first).max() <= 1
     assert np.abs(first - np.asarray(Image.open(tmp_path / rows[2]["file"]), dtype=int)).max() > 8

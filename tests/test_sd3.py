@@ -198,7 +198,7 @@ def test_an_exported_lora_paints_the_same_picture_in_stock_diffusers(exported, t
     expected = stock_picture()
     assert np.abs(expected - before).max() > 8  # so that a LoRA which is not there, or too strong, would be seen
     (file,) = inference.sample(
-        str(tiny_folder), str(folder), TEXTS[:1], tmp_path, QUIET, images_per_prompt=1, seed=5, **how
+        str(tiny_folder), [str(folder)], TEXTS[:1], tmp_path, QUIET, images_per_prompt=1, seed=5, **how
     )
     assert np.abs(np.asarray(Image.open(file), dtype=int) - expected).max() <= 1
 
