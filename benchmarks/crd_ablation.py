@@ -1,10 +1,10 @@
 """Which parts of CRD matter on the built-in model, when the reward is the learned, hackable proxy.
 
-    python benchmarks/crd_ablation.py [--steps 40] [--seeds 0] [--variants full no-anchor ...]
+    python benchmarks/crd_ablation.py [--steps 30] [--seeds 0] [--variants full no-anchor ...]
 
 Trains CRD whole, CRD without each of its parts, and DiffusionNFT, from the same model with the same seeds, prompts,
 samples and updates. The recognizer (proxy) is the training reward; the strict exact verdict (gold) is only watched.
-Writes benchmarks/results/crd_ablation.{json,md,png}. A run that is finished already is not run again.
+Writes benchmarks/results/crd_ablation.{json,md} and docs/images/crd-ablation.png. A run that is finished already is not run again.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def picture(folders: dict[str, list[Path]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=Path("runs"))
@@ -107,7 +107,7 @@ def main() -> None:
         json.dumps({"steps": given.steps, "seeds": given.seeds, "rows": rows}, indent=1)
     )
     (RESULTS / "crd_ablation.md").write_text(table(rows))
-    picture(folders, RESULTS / "crd_ablation.png")
+    picture(folders, RESULTS.parents[1] / "docs" / "images" / "crd-ablation.png")
     print(table(rows))
 
 

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from trimtab.errors import UserError
 from trimtab.pipelines import adapters, loading
+from trimtab.pipelines.soft_tokens import TokenSettings
 
 TO_Q = "transformer.transformer_blocks.0.attn.to_q"
 
@@ -49,3 +50,26 @@ def test_an_adapter_that_fits_is_found_by_folder_and_by_file(tiny_folder, tmp_pa
     file = tmp_path / adapters.LORA_FILE
     assert loading.check_adapters([folder], str(tiny_folder)).loras == (file,)
     assert loading.check_adapters([str(file)], str(tiny_folder)).loras == (file,)
+
+
+def test_soft_tokens_are_known_by_what_they_say_of_themselves_not_by_their_name(tiny_folder, tmp_path):
+    face = loading.load_with_tokens(str(tiny_folder), TokenSettings(num_layers=2), num_signs=1, roles=("default",))
+    face.roles.export(tmp_path, "default", {})
+    renamed = (tmp_path / "soft_tokens.safetensors").rename(tmp_path / "mine.safetensors")
+    assert loading.check_adapters([str(renamed)], str(tiny_folder)).tokens == renamed
+
+
+def test_a_folder_may_hold_a_lora_and_soft_tokens(tiny_folder, tmp_path):
+    face = loading.load_with_tokens(str(tiny_folder), TokenSettings(num_layers=2), num_signs=1, roles=("default",))
+    face.roles.export(tmp_path, "default", {})
+    folder = adapter(tmp_path, {f"{TO_Q}.lora_A.weight": (4, 32), f"{TO_Q}.lora_B.weight": (32, 4)})
+    found = loading.check_adapters([folder], str(tiny_folder))
+    assert (len(found.loras), found.tokens) == (1, tmp_path / "soft_tokens.safetensors")
+    with pytest.raises(UserError, match="are both soft tokens"):
+        loading.check_adapters([folder, folder], str(tiny_folder))
+
+
+def test_a_file_of_other_tensors_is_no_adapter(tiny_folder, tmp_path):
+    folder = adapter(tmp_path, {"weight": (3, 3)})
+    with pytest.raises(UserError, match="belongs to another model"):
+        loading.check_adapters([folder], str(tiny_folder))

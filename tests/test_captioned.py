@@ -84,6 +84,18 @@ def test_too_few_different_captions_are_refused():
         Order(((0,), (1,), (0,), (0,)), 3, seed=0).epoch(0)
 
 
+@pytest.mark.parametrize(
+    ("meanings", "size"), [(((0,), (0, 1)), 2), (((0,), (0, 1), (1, 2), (2, 3)), 4), (((0, 1, 2),) * 3, 3)]
+)
+def test_where_captions_could_suffice_they_do_in_every_pass_of_every_seed(meanings, size):
+    for seed in range(20):
+        for number in range(5):
+            order = Order(meanings, size, seed)
+            steps = order.epoch(number)
+            assert all(len({order.meaning(visit) for visit in step}) == size for step in steps)
+            assert all(caption < len(meanings[picture]) for step in steps for picture, caption in step)
+
+
 def test_steps_go_on_from_anywhere():
     order = Order(tuple((i,) for i in range(10)), 3, seed=0)
     whole = list(itertools.islice(order.steps(0), 12))
@@ -174,3 +186,26 @@ def test_when_too_few_pictures_are_left_the_run_stops(captioned, folder):
 def test_pictures_left_out_by_their_header_are_counted(captioned, folder):
     (folder / "3.txt").write_text(" \n")
     assert captioned(on_error="skip").log()["skipped_pictures"] == 1
+
+
+def test_what_was_found_broken_is_remembered_by_a_resumed_run(captioned, folder, caplog):
+    broken(folder, 2)
+    first = captioned(on_error="skip")
+    for step in range(4):
+        first.collect(step)
+    again = captioned(on_error="skip")
+    again.load_state_dict(first.state_dict())
+    assert again.log() == first.log()
+    assert again.log()["skipped_pictures"] == 1
+    (folder / "9.png").unlink()
+    (folder / "9.txt").unlink()
+    with caplog.at_level(logging.WARNING):
+        captioned(on_error="skip").load_state_dict(first.state_dict())
+    assert "not those of the interrupted run" in caplog.text
+
+
+def test_where_one_process_cannot_go_on_all_stop(captioned, folder):
+    other = captioned(num_processes=2, batch_size=2, num_workers=0)
+    other.gather = lambda state: torch.cat([state, torch.tensor([1.0, 0.0])])
+    with pytest.raises(UserError, match="another process found a picture"):
+        other.collect(0)

@@ -250,3 +250,14 @@ def test_pictures_can_be_sent_to_workers(world, folder):
     own = load_pictures(str(folder({"a.png": plain(), "a.txt": "a"})), "stop")
     for pictures in (own, world):
         assert torch.equal(pickle.loads(pickle.dumps(pictures)).read(0, 8), pictures.read(0, 8))
+
+
+@pytest.mark.parametrize("text", ["bad \ud800 caption", "9" * 5000])
+def test_a_line_that_python_itself_chokes_on_is_named_like_any_other(folder, text):
+    value = json.dumps(text) if "bad" in text else text
+    where = folder({"a.png": plain(), "b.png": plain(), "metadata.jsonl": ""})
+    lines = [json.dumps(line("a.png")), '{"file_name": "b.png", "text": ' + value + "}"]
+    (where / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"metadata\.jsonl, line 2 .*data\.on_error=skip"):
+        load_pictures(str(where), "stop")
+    assert load_pictures(str(where), "skip").captions == (("a cat",),)

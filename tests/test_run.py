@@ -275,6 +275,27 @@ def test_pictures_that_cannot_be_used_stop_a_run_or_are_left_out_and_counted(rec
     assert metrics()[-1]["skipped_pictures"] == 1
 
 
+def test_the_cure_that_a_broken_picture_s_error_names_works_at_the_resume(recipe, cli):
+    for i in range(9):  # whole headers, so that only decoding tells
+        file = Path(f"pictures/{i}.png")
+        pixels = torch.randint(0, 255, (64, 70, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(file)
+        if i in (4, 5):
+            file.write_bytes(file.read_bytes()[:2000])
+    path = recipe(**CAPTIONED)
+    code, _, stderr = cli("train", path)
+    assert code == 1
+    assert "data.on_error=skip" in stderr
+    assert cli("train", path, "--resume", "data.on_error=skip")[0] == 0
+    assert metrics()[-1]["step"] == STEPS
+
+
+def test_one_picture_a_step_is_refused_where_captions_are_compared(recipe, cli):
+    code, _, stderr = cli("train", recipe(**CAPTIONED), "training.train_batch_size=1")
+    assert code == 2
+    assert "give 2 or more" in stderr
+
+
 def test_tokens_cannot_be_merged_before_training(recipe, cli):
     assert cli("train", recipe(**CAPTIONED | {"name": "first"}))[0] == 0
     code, _, stderr = cli("train", recipe(**CAPTIONED), 'model.adapters=["runs/first/export"]')

@@ -87,9 +87,10 @@ class Rollout:
         return [(self.seed, self.step, self.prompts.index[group], sibling) for group, sibling in pairs]
 
     def split(self, num_parts: int) -> list[Self]:
-        """At most `num_parts` parts of whole groups, of nearly equal numbers of groups."""
+        """`num_parts` parts of whole groups, of nearly equal numbers of groups. Some are empty where there are too few:
+        every process has as many parts as any other."""
         groups = self.group.unique()
-        return [self[torch.isin(self.group, part)] for part in groups.tensor_split(num_parts) if len(part)]
+        return [self[torch.isin(self.group, part)] for part in groups.tensor_split(num_parts)]
 
     def whole_groups(self, size: int) -> Iterator[Tensor]:
         """Indices of the samples in packs of at most `size` that break no group; a larger group is its own pack."""
@@ -100,4 +101,5 @@ class Rollout:
                 yield torch.cat(pack)
                 pack = []
             pack.append(members)
-        yield torch.cat(pack)
+        if pack:
+            yield torch.cat(pack)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
 from trimtab.recipe import RunConfig
-from trimtab.wiring import PRETRAIN, TRAINED, Display, build, check
+from trimtab.wiring import PRETRAIN, TRAINED, Display, Run, build, check
 
 REPEATS = 10
 
@@ -26,18 +26,10 @@ def bench(config: RunConfig, display: Display, num_steps: int) -> list[tuple[str
         raise UserError(f"{config.name} is a pre-training recipe; bench takes one that samples, such as crd-micro.")
     inputs = check(config)
     with TemporaryDirectory() as folder:
-        run = build(config, Path(folder), Accelerator(cpu=not torch.cuda.is_available()), inputs, display)
-    forward, both = _network_rates(run.pipeline, config.training.train_batch_size)
-    spent = _time_calls(run.pipeline)
-    totals: dict[str, float] = defaultdict(float)
-    run.learner.num_steps = num_steps + 1
-    for record in run.learner.run():
-        display.progress("benchmark", record.step, num_steps + 1)
-        if record.step == 1:
-            spent.clear()
-            continue
-        for name, value in record.metrics.items():
-            totals[name] += value
+        run = build(config, Path(folder) / "run", Accelerator(cpu=not torch.cuda.is_available()), inputs, display)
+        forward, both = _network_rates(run.pipeline, config.training.train_batch_size)
+        spent = _time_calls(run.pipeline)
+        totals = _totals(run, num_steps, spent)
     return [
         ("device", _device(run.pipeline.device)),
         ("network, forward", f"{forward:.0f} images/s"),
@@ -45,6 +37,20 @@ def bench(config: RunConfig, display: Display, num_steps: int) -> list[tuple[str
         *_step_rows(totals, spent, num_steps),
         ("peak memory", f"{_peak_bytes(run.pipeline.device) / 2**30:.2f} GiB"),
     ]
+
+
+def _totals(run: Run, num_steps: int, spent: dict[str, float]) -> dict[str, float]:
+    """Every metric summed over `num_steps` steps; a first one, which warms up, is left out, in `spent` as well."""
+    totals: dict[str, float] = defaultdict(float)
+    run.learner.num_steps = num_steps + 1
+    for record in run.learner.run():
+        run.display.progress("benchmark", record.step, num_steps + 1)
+        if record.step == 1:
+            spent.clear()
+            continue
+        for name, value in record.metrics.items():
+            totals[name] += value
+    return totals
 
 
 def _step_rows(totals: dict[str, float], spent: dict[str, float], num_steps: int) -> list[tuple[str, str]]:

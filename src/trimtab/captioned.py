@@ -10,6 +10,7 @@ caption), and a second run need not call T5's 4.7 billion parameters at all. Wha
 was computed.
 """
 
+import hashlib
 import itertools
 import logging
 from collections import deque
@@ -18,8 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -74,6 +78,9 @@ class Order:
         """The steps of one pass; UserError if there are too few different captions for one."""
         visits = self._visits(number)
         of_caption = {self.meaning(visit): visit for visit in visits}
+        if len(of_caption) < self.size:  # the luck of the draw, or there are no more
+            visits = self._most_different(visits)
+            of_caption = {self.meaning(visit): visit for visit in visits}
         if len(of_caption) < self.size:
             raise UserError(
                 f"only {len(of_caption)} different captions for batches of {self.size} pictures, which must differ in "
@@ -108,6 +115,17 @@ class Order:
             visits.append((picture, free[int(u * len(free))]))
             used.add(self.meaning(visits[-1]))
         return visits
+
+    def _most_different(self, visits: list[Visit]) -> list[Visit]:
+        """The same pictures in the same order, under captions of which as many differ as can."""
+        rows = [picture for picture, captions in enumerate(self.meanings) for _ in captions]
+        columns = [meaning for captions in self.meanings for meaning in captions]
+        shape = (len(self.meanings), max(columns) + 1)
+        matched = maximum_bipartite_matching(csr_array((np.ones(len(rows)), (rows, columns)), shape), "column")
+        return [
+            (picture, caption if matched[picture] < 0 else self.meanings[picture].index(matched[picture]))
+            for picture, caption in visits
+        ]
 
     def _step(self, fresh: Iterator[Visit], waiting: dict[int, deque[Visit]], again: Iterator[Visit]) -> list[Visit]:
         """Those that wait come first, then new ones, then, when there are no more, others again."""
@@ -211,7 +229,9 @@ class Captioned:
         cache_folder: Path,
         rank: int = 0,
         num_processes: int = 1,
+        gather: Callable[[Tensor], Tensor] | None = None,  # needed where there are several processes
     ):
+        self.gather = gather
         self.pipeline, self.pictures, self.config, self.seed = pipeline, pictures, config, seed
         self.order = Order(_numbered(pictures), config.batch_size * num_processes, seed)
         self.order.epoch(0)  # raises UserError where the captions don't suffice
@@ -225,6 +245,7 @@ class Captioned:
             texts = Cache(cache_folder / "texts", encoders, shapes)
         self.reader = Reader(pictures, self.order, latents, texts, resolution, rank, num_processes)
         self.broken: dict[int, str] = {}  # pictures that proved so on the way, and why
+        self.num_broken = 0  # of all processes
         self._ahead: Iterator[Reading] | None = None
         self._next = -1  # the step that `_ahead` has next
 
@@ -248,8 +269,23 @@ class Captioned:
         """Pictures of a step, and how many of all could not be used so far."""
         return {
             "images": float(self.config.batch_size),
-            "skipped_pictures": float(len(self.pictures.skipped) + len(self.broken)),
+            "skipped_pictures": float(len(self.pictures.skipped) + self.num_broken),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found broken so far, and which pictures and captions these are the numbers of."""
+        broken = {str(index): reason for index, reason in self.broken.items()}
+        return {"broken": broken, "num_broken": self.num_broken, "source": self._source()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_broken = state["num_broken"]
+        if state["source"] == self._source():
+            self.broken = {int(index): reason for index, reason in state["broken"].items()}
+        else:
+            logger.warning("pictures or captions are not those of the interrupted run, which goes on with the new ones")
+
+    def _source(self) -> str:
+        return hashlib.sha256(repr((self.pictures.names, self.pictures.captions)).encode()).hexdigest()
 
     def _read(self, step: int) -> Reading:
         """What the workers have of a step. They go on from it, so that only a jump makes anybody wait."""
@@ -266,16 +302,24 @@ class Captioned:
         return next(self._ahead)
 
     def _report(self, found: Reading) -> None:
+        """Tell of what is broken. Where one process cannot go on, all stop, each with a sentence."""
+        problem = None
         if found.broken and self.pictures.on_error == "stop":
-            raise UserError(f"{next(iter(found.broken.values()))}; {CURE}")
-        for index in found.broken.keys() - self.broken.keys():
-            logger.warning("%s; it is left out", found.broken[index])
-        self.broken |= found.broken
-        if len(found.items) < self.config.batch_size:
-            raise UserError(
-                f"only {len(found.items)} pictures are left for a batch of {self.config.batch_size}, "
-                f"{len(self.broken)} are broken; mend them, or make training.train_batch_size smaller."
-            )
+            problem = f"{next(iter(found.broken.values()))}; {CURE}"
+        else:
+            for index in found.broken.keys() - self.broken.keys():
+                logger.warning("%s; it is left out", found.broken[index])
+            self.broken |= found.broken
+            if len(found.items) < self.config.batch_size:
+                problem = (
+                    f"only {len(found.items)} pictures are left for a batch of {self.config.batch_size}, "
+                    f"{len(self.broken)} are broken; mend them, or make training.train_batch_size smaller."
+                )
+        state = torch.tensor([float(problem is not None), float(len(self.broken))], device=self.pipeline.device)
+        everybody = (state if self.gather is None else self.gather(state)).view(-1, 2)
+        self.num_broken = int(everybody[:, 1].sum())
+        if everybody[:, 0].any():
+            raise UserError(problem or "another process found a picture that stops the run; its message says which.")
 
     def _posterior(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w)."""

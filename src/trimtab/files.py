@@ -49,10 +49,11 @@ def lock(run_folder: str | Path) -> Iterator[None]:
     run_folder = Path(run_folder)
     with _open_lock_file(run_folder) as file:
         _acquire(file, run_folder)
+        os.register_at_fork(after_in_child=file.close)  # data workers outlive a killed parent by seconds
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave the lock to forked children (data workers)
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _open_lock_file(run_folder: Path) -> TextIO:

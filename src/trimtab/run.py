@@ -27,7 +27,10 @@ from trimtab.wiring import TRAINED, Display, Run, build, check
 
 RECIPES = Path(__file__).parent / "recipes"
 ABOUT = ("command", "revision", "versions")  # what config.yaml says beside the recipe
-MAY_CHANGE = ("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_prompts")
+MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result
+    "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_prompts",
+    "on_error", "num_workers", "cache",
+}  # fmt: skip
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:

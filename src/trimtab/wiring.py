@@ -107,6 +107,8 @@ def _online_inputs(config: RunConfig) -> Inputs:
 
 
 def _captioned_inputs(config: RunConfig) -> Inputs:
+    if config.training.train_batch_size < 2:
+        raise UserError("training.train_batch_size is 1; give 2 or more, for a picture meets the captions of others.")
     pictures = load_pictures(config.data.pictures, config.data.on_error)
     if config.evaluation.suite is not None:
         unseen = load_prompts(config.evaluation.suite, "test")
@@ -199,4 +201,5 @@ def _captioned(
         folder.parent / "cache",
         accelerator.process_index,
         accelerator.num_processes,
+        accelerator.gather if accelerator.num_processes > 1 else None,
     )

@@ -21,7 +21,7 @@ the others, towards it where the caption fits the picture and away from it where
 With averaged tokens at rest the fixed point of (6) is guidance: psi+ moves the prediction from that of the caption on,
 by gamma+ (1 - w_ii), away from that of the other captions. The average follows, which amplifies it: for captions that
 all predict alike, psi+ ends at scale 1 + gamma+ (1-a) / (1 - gamma+ (1-a) + gamma- a), a = w_ii. Where that denominator
-is not positive, as for gamma+ = 1.5 and a = 1/4, it grows without end.
+is not positive, as for gamma+ = 1.5, gamma- = 0.1 and a = 1/4, it grows without end.
 
 Paper and released code disagree; each of these is a switch, and the default is the code's unless said otherwise:
 
@@ -136,7 +136,7 @@ class AGSM:
         return {TRAINED: self.pipeline.roles.banks[TRAINED]}
 
     def state(self) -> dict[str, Stateful]:
-        return {"tokens": self.pipeline.roles}
+        return {"tokens": self.pipeline.roles, "pictures": self.captioned}
 
     def collect(self, step: int) -> list[Captions]:
         return [self.captioned.collect(step)]

@@ -254,7 +254,7 @@ class CRD:
         config, grid = self.config, self.pipeline.time_grid(self.rollouts.config.num_inference_steps)
         times = times_of(rollout, config, grid)  # (B, T)
         num_terms = len(rollout) * config.num_train_times
-        for number, t in enumerate(times.unbind(1)):
+        for number, t in enumerate(times.unbind(1) if num_terms else ()):
             at = points(self.pipeline, rollout, t, number)
             for pack in rollout.whole_groups(self.batch_size):
                 yield from self._pack(rollout[pack], at[pack], num_terms)

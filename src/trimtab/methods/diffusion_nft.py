@@ -103,7 +103,8 @@ class DiffusionNFT:
     def losses(self, rollout: Rollout) -> Iterator[Loss]:
         grid = self.pipeline.time_grid(self.rollouts.config.num_inference_steps)
         num_terms = len(rollout) * self.config.num_train_times
-        for number, t in enumerate(times_of(rollout, self.config, grid).unbind(1)):
+        times = times_of(rollout, self.config, grid)  # (B, T)
+        for number, t in enumerate(times.unbind(1) if num_terms else ()):
             at = points(self.pipeline, rollout, t, number)
             for part in torch.arange(len(at)).split(self.batch_size):
                 yield self._loss(at[part], rollout.advantage[part], num_terms)

@@ -86,7 +86,7 @@ class SoftREPA:
         return {TRAINED: self.pipeline.roles.banks[TRAINED]}
 
     def state(self) -> dict[str, Stateful]:
-        return {"tokens": self.pipeline.roles}
+        return {"tokens": self.pipeline.roles, "pictures": self.captioned}
 
     def collect(self, step: int) -> list[Captions]:
         return [self.captioned.collect(step)]

@@ -29,13 +29,13 @@ def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
     """
     loras, tokens = [], []
     for name in names:
-        file = _file(name)
-        if file.name == soft_tokens.FILE:
-            soft_tokens.check_file(network, file)
-            tokens.append(file)
-        else:
-            _check_lora(file, network, model, name)
-            loras.append(file)
+        for file in _files(name):
+            if soft_tokens.is_ours(file):
+                soft_tokens.check_file(network, file)
+                tokens.append(file)
+            else:
+                _check_lora(file, network, model, name)
+                loras.append(file)
     if len(tokens) > 1:
         raise UserError(f"{tokens[0]} and {tokens[1]} are both soft tokens, and a model takes one bank; give one.")
     return Adapters(tuple(loras), tokens[0] if tokens else None)
@@ -49,22 +49,22 @@ def merge(pipe: DiffusionPipeline, loras: Sequence[Path]) -> None:
         pipe.unload_lora_weights()
 
 
-def _file(name: str) -> Path:
+def _files(name: str) -> list[Path]:
     if Path(name).is_file():
-        return Path(name)
-    for file in (Path(name) / LORA_FILE, Path(name) / soft_tokens.FILE):
-        if file.is_file():
-            return file
-    raise UserError(
-        f"adapter {name!r} has no {LORA_FILE} and no {soft_tokens.FILE}; give the `export` folder of a run."
-    )
+        return [Path(name)]
+    found = [file for file in (Path(name) / LORA_FILE, Path(name) / soft_tokens.FILE) if file.is_file()]
+    if not found:
+        raise UserError(
+            f"adapter {name!r} has no {LORA_FILE} and no {soft_tokens.FILE}; give the `export` folder of a run."
+        )
+    return found
 
 
 def _check_lora(file: Path, network: nn.Module, model: str, name: str) -> None:
     """UserError unless every matrix of a LoRA is as wide as the layer that it changes."""
     own = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     for key, shape in _shapes(file).items():
-        module, _, part = key.split(".", 1)[1].rpartition(".lora_")
+        module, _, part = key.partition(".")[2].rpartition(".lora_")
         weight = own.get(f"{module}.weight")
         side = 1 if part.startswith("A") else 0
         if weight is None or weight[side] != shape[side]:

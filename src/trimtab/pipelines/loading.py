@@ -129,9 +129,8 @@ def load_with_tokens(
 ) -> Pipeline:
     """A pipeline whose roles are banks of soft tokens on a frozen network, and `ref`, the network without any."""
     face, pipe = _stock(model, precision, precision, merged, device)
-    tokens = SoftTokens(
-        getattr(pipe, face.NETWORK), settings, num_signs=num_signs, roles=roles, seed=seed, base_model=model
-    )
+    about = {"base_model": model, "merged": json.dumps([str(file) for file in merged])}
+    tokens = SoftTokens(getattr(pipe, face.NETWORK), settings, num_signs=num_signs, roles=roles, seed=seed, about=about)
     return face(pipe, tokens, precision)
 
 

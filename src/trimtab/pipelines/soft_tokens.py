@@ -147,6 +147,8 @@ class Injection:
         given = self.signature.bind(*args, **kwargs).arguments
         rows = given[next(iter(self.signature.parameters))]  # the noisy sample comes first in every diffusers network
         timestep = torch.as_tensor(given["timestep"], device=rows.device).expand(len(rows))
+        if not self.bank.base.requires_grad:
+            self.bank.to(rows.device)  # an ordinary pipeline may be moved, or offloaded, after its tokens were loaded
         sign = self.sign.to(rows.device).reshape(-1)
         if len(rows) % len(sign):
             raise ValueError(f"{len(sign)} signs do not fit {len(rows)} rows; give one, or one a row")
@@ -239,9 +241,9 @@ class SoftTokens:
         num_signs: int,
         roles: Sequence[str] = ("default",),
         seed: int = 0,
-        base_model: str = "",
+        about: Mapping[str, str] | None = None,
     ):
-        self.network, self.settings, self.base_model = network, settings, base_model
+        self.network, self.settings, self.about = network, settings, dict(about or {})
         self.injection = Injection(network.requires_grad_(False), settings)
         where = self.injection.sites
         self.banks = {role: TokenBank(num_signs, where.num_sites, where.width, settings, seed) for role in roles}
@@ -307,15 +309,18 @@ class SoftTokens:
     def export(self, folder: Path, role: str, about: Mapping[str, str]) -> None:
         """Write a role's bank as `soft_tokens.safetensors`; its metadata says what it fits, and `about` where from."""
         where = self.injection.sites
-        metadata = dict(about) | {
-            "format": FORMAT,
-            "base_model": self.base_model,
-            "architecture": type(self.network).__name__,
-            "width": str(where.width),
-            "sites": json.dumps(where.names),
-            "num_layers": str(self.settings.num_layers),
-            "stages": json.dumps(self.settings.stages),
-        }
+        metadata = (
+            self.about
+            | dict(about)
+            | {
+                "format": FORMAT,
+                "architecture": type(self.network).__name__,
+                "width": str(where.width),
+                "sites": json.dumps(where.names),
+                "num_layers": str(self.settings.num_layers),
+                "stages": json.dumps(self.settings.stages),
+            }
+        )
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.banks[role].state_dict().items()}
         metadata["shapes"] = json.dumps({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         atomic_write(folder / FILE, save(tensors, metadata))
@@ -327,9 +332,9 @@ class SoftTokens:
 def load_soft_tokens(pipe: DiffusionPipeline, path: str | Path) -> None:
     """Let an ordinary diffusers pipeline use the tokens of a file (or of the folder that holds it), both branches of
     its guidance alike. A LoRA may be loaded beside them. UserError if they were made for another architecture."""
-    unload_soft_tokens(pipe)
     network = _network(pipe)
     bank, settings = read_bank(network, Path(path))
+    unload_soft_tokens(pipe)
     injection = Injection(network, settings)
     injection.bank = bank.to(network.device)
     network._trimtab_injection = injection
@@ -364,6 +369,14 @@ def check_file(network: nn.Module, path: Path) -> TokenSettings:
         found = own if where is None else f"{own} of width {where.width} with other blocks"
         raise UserError(f"{path} holds soft tokens for a {made_for}, and this model is a {found}; give theirs.")
     return settings
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file holds soft tokens, whatever its name."""
+    try:
+        return path.name == FILE or metadata(path) is not None
+    except UserError:
+        return False
 
 
 def metadata(path: Path) -> dict[str, str]:

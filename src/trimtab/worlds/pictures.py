@@ -180,8 +180,8 @@ def _line(table: Path, number: int, text: str) -> tuple[Path, str, tuple[str, ..
     where = f"{table}, line {number}"
     try:
         line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise Unusable(f"{where} is not JSON ({error.msg}): {text[:60]!r}") from error
+    except ValueError as error:  # JSONDecodeError, or an absurdly long number
+        raise Unusable(f"{where} is not JSON ({error}): {text[:60]!r}") from error
     if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
         raise Unusable(f"{where} has no text under 'file_name': {text[:60]!r}")
     said = next((line[column] for column in COLUMNS if line.get(column) is not None), None)
@@ -198,6 +198,10 @@ def _captions(texts: Any, where: str) -> tuple[str, ...]:
     usable = isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
     if not usable:
         raise Unusable(f"{where} has an empty caption or none")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise Unusable(f"{where} has a caption that is no text ({error.reason})") from error
     return tuple(text.strip() for text in texts)
 
 
