@@ -4,7 +4,8 @@
 
 Trains CRD whole, CRD without each of its parts, and DiffusionNFT, from the same model with the same seeds, prompts,
 samples and updates. The recognizer (proxy) is the training reward; the strict exact verdict (gold) is only watched.
-Writes benchmarks/results/crd_ablation.{json,md} and docs/images/crd-ablation.png. A run that is finished already is not run again.
+Writes benchmarks/results/crd_ablation.{json,md} and docs/images/crd-ablation.png. A run that is finished already is not
+run again.
 """
 
 import argparse
