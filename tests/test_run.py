@@ -403,7 +403,7 @@ def ready(recipe):
 
 def gradient(method, rollout):
     """All gradients of a batch as one vector."""
-    parameters = [p for p in method.trained()["default"].parameters() if p.requires_grad]
+    parameters = list(method.trained()["default"].values())
     total = [torch.zeros_like(p) for p in parameters]
     for loss in method.losses(rollout):
         for sum_, part in zip(total, torch.autograd.grad(loss.value, parameters), strict=True):

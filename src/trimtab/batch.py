@@ -92,14 +92,17 @@ class Rollout:
         groups = self.group.unique()
         return [self[torch.isin(self.group, part)] for part in groups.tensor_split(num_parts)]
 
-    def whole_groups(self, size: int) -> Iterator[Tensor]:
-        """Indices of the samples in packs of at most `size` that break no group; a larger group is its own pack."""
-        pack: list[Tensor] = []
-        for group in self.group.unique():
-            members = (self.group == group).nonzero().squeeze(1)
-            if pack and sum(map(len, pack)) + len(members) > size:
-                yield torch.cat(pack)
-                pack = []
-            pack.append(members)
-        if pack:
+
+
+def whole_groups(group: Tensor, size: int) -> Iterator[Tensor]:
+    """Indices of samples, by their `group` (B,), in packs of at most `size` that break no group; a larger group is its
+    own pack."""
+    pack: list[Tensor] = []
+    for name in group.unique():
+        members = (group == name).nonzero().squeeze(1)
+        if pack and sum(map(len, pack)) + len(members) > size:
             yield torch.cat(pack)
+            pack = []
+        pack.append(members)
+    if pack:
+        yield torch.cat(pack)

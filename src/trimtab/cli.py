@@ -23,6 +23,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the reci
 Adapter = Annotated[
     list[str] | None, typer.Option(help="The `export` folder of a run: a LoRA, or soft tokens; repeatable.")
 ]
+NumSteps = Annotated[int | None, typer.Option(min=1, help="Default: 40, or what a few-step student was made for.")]
 
 
 @app.command()
@@ -52,7 +53,7 @@ def evaluate(
     ] = "blocks",
     output: Annotated[Path | None, typer.Option(help="Folder for results.json, images.jsonl and the pictures.")] = None,
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
-    num_inference_steps: Annotated[int, typer.Option(min=1)] = 40,
+    num_inference_steps: NumSteps = None,
     guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")] = None,
@@ -81,7 +82,7 @@ def sample(
     adapter: Adapter = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
-    num_inference_steps: Annotated[int, typer.Option(min=1)] = 40,
+    num_inference_steps: NumSteps = None,
     guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
     seed: Annotated[
         int, typer.Option(min=0, help="Picture i starts from torch.Generator().manual_seed(seed + i).")

@@ -58,6 +58,7 @@ class Setting:
     seed: int = 0
     resolution: int | None = None
     precision: str = "no"
+    few_step: bool = False  # sampled as a student is, by predicting x0 and noising it afresh
     batch_size: int = 64
 
 
@@ -119,16 +120,24 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Pictures (B, 3, H, W) on the CPU and their latents, one for each entry of `group` (B,), its prompt, and seed."""
     shape = pipeline.latent_shape(setting.resolution or pipeline.resolution)
-    times = pipeline.time_grid(setting.num_inference_steps)
+    num_calls = setting.num_inference_steps
+    times = pipeline.few_step_grid(num_calls) if setting.few_step else pipeline.time_grid(num_calls)
     condition = pipeline.encode(prompts.text)
     images, latents = [], []
     for part in torch.arange(len(group)).split(setting.batch_size):
-        start = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seeds[i])) for i in part])
+        noises = _noises([seeds[i] for i in part], shape, num_calls if setting.few_step else 1).to(pipeline.device)
         own = condition[group[part].to(pipeline.device)]
-        latents.append(sample(pipeline, start.to(pipeline.device), times, own, role, setting.guidance_scale))
+        later = noises[1:] if setting.few_step else None
+        latents.append(sample(pipeline, noises[0], times, own, role, setting.guidance_scale, later=later))
         images.append(pipeline.decode(latents[-1]).cpu())
         progress(int(part[-1]) + 1, len(group))
     return torch.cat(images), torch.cat(latents)
+
+
+def _noises(seeds: list[int], shape: tuple[int, ...], number: int) -> Tensor:
+    """(number, B, C, h, w), drawn one after the other from each picture's own generator, as diffusers draws them."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.stack([torch.randn(shape, generator=g) for g in generators]) for _ in range(number)])
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from trimtab.rewards import build as build_rewards
 from trimtab.wiring import TRAINED, Display
 from trimtab.worlds.files import load_prompts
 
+DEFAULT_STEPS = 40  # of a model that is no student
+
 
 def evaluate_model(
     model: str,
@@ -24,6 +26,7 @@ def evaluate_model(
     display: Display,
     *,
     rewards: Sequence[str] = (),
+    num_inference_steps: int | None = None,
     precision: str = "no",
     resolution: int | None = None,
     **how: Any,
@@ -36,7 +39,7 @@ def evaluate_model(
         pipeline,
         role,
         prompts,
-        evaluate.Setting(suite=suite, precision=precision, resolution=resolution, **how),
+        _setting(pipeline, num_inference_steps, suite=suite, precision=precision, resolution=resolution, **how),
         folder,
         rewards=extra,
         described={"model": model, "adapters": list(adapters)},
@@ -51,13 +54,14 @@ def sample(
     folder: Path,
     display: Display,
     *,
+    num_inference_steps: int | None = None,
     precision: str = "no",
     resolution: int | None = None,
     **how: Any,
 ) -> list[Path]:
     """`trimtab sample`: the files written, one a picture, named by prompt and seed."""
-    setting = evaluate.Setting(suite="", precision=precision, resolution=resolution, **how)
     pipeline, role = _opened(model, adapters, precision, resolution)
+    setting = _setting(pipeline, num_inference_steps, suite="", precision=precision, resolution=resolution, **how)
     number = setting.images_per_prompt
     prompts = Prompts(tuple(texts), tuple({} for _ in texts), tuple(range(len(texts))))
     group = torch.arange(len(texts)).repeat_interleave(number)
@@ -82,6 +86,12 @@ def _opened(model: str, adapters: Sequence[str], precision: str, resolution: int
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return loading.load_for_sampling(model, files, precision=dtype, device=device), TRAINED
+
+
+def _setting(pipeline: Pipeline, num_inference_steps: int | None, **how: Any) -> evaluate.Setting:
+    """A student is sampled as one, in the calls that it was made for, unless another number is asked for."""
+    steps = num_inference_steps or pipeline.num_calls or DEFAULT_STEPS
+    return evaluate.Setting(num_inference_steps=steps, few_step=pipeline.few_step, **how)
 
 
 def _slug(text: str) -> str:

@@ -11,7 +11,7 @@ to go on bit for bit.
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from trimtab.errors import UserError
 from trimtab.method import Method
-from trimtab.optimizer import OptimizerConfig, adamw, lr_factor
+from trimtab.optimizer import OptimizerConfig, adamw, lr_factor, rate_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,13 @@ class Learner:
     def __init__(self, method: Method, accelerator: Accelerator, config: OptimizerConfig, num_steps: int):
         self.method, self.accelerator, self.config, self.num_steps = method, accelerator, config, num_steps
         self.step = self.updates = 0
-        self.parameters = {name: _trainable(network) for name, network in method.trained().items()}
+        strange = set(config.learning_rates) - set(method.trained())
+        if strange:
+            raise UserError(
+                f"optimizer.learning_rates names {min(strange)!r}; the networks that learn are "
+                f"{', '.join(method.trained())}."
+            )
+        self.parameters = {name: _learning(name, weights) for name, weights in method.trained().items()}
         self.optimizers = {
             name: accelerator.prepare_optimizer(adamw(config, parameters.values()))
             for name, parameters in self.parameters.items()
@@ -119,9 +126,9 @@ class Learner:
     def _move(self, network: str, total: Tensor, log: dict[str, list]) -> None:
         """Clip and step one network's optimizer; a gradient that is not finite is dropped, and counted."""
         optimizer, parameters = self.optimizers[network], list(self.parameters[network].values())
-        factor = lr_factor(self.config, self.step, self.num_steps)
+        rate = rate_of(self.config, network) * lr_factor(self.config, self.step, self.num_steps)
         for group in optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * factor
+            group["lr"] = rate
         norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -133,7 +140,7 @@ class Learner:
         log[f"loss{suffix}"].append(total)
         log[f"grad_norm{suffix}"].append(norm)
         log[f"skipped_updates{suffix}"].append(float(not finite))
-        log[f"lr{suffix}"].append(self.config.learning_rate * factor)
+        log[f"lr{suffix}"].append(rate)
 
     def _timed(self, items: Any, phase: str, log: dict[str, list]) -> Iterator[Any]:
         """The items, with the seconds that each took to arrive."""
@@ -167,8 +174,8 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     yield bucket
 
 
-def _trainable(network: nn.Module) -> dict[str, nn.Parameter]:
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+def _learning(network: str, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    parameters = {name: p for name, p in weights.items() if p.requires_grad}
     if not parameters:
-        raise ValueError(f"nothing to train: no parameter of {type(network).__name__} requires grad")
+        raise ValueError(f"nothing to train: no parameter of {network!r} requires grad")
     return parameters

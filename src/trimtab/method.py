@@ -31,8 +31,8 @@ class Stateful(Protocol):
 class Method(Protocol):
     """One paper. The learner calls these in the order in which they stand here."""
 
-    def trained(self) -> dict[str, nn.Module]:
-        """The networks that learn, one optimizer each: those of their parameters that require grad."""
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The weights of each network that learns, by name: one optimizer for those of them that require grad."""
 
     def state(self) -> dict[str, Stateful]:
         """All else that a resume needs."""

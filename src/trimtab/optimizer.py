@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import nn
 
 from trimtab.config import Strict
@@ -15,6 +15,7 @@ class OptimizerConfig(Strict):
     """AdamW for every trained network; names and defaults as in diffusers' training scripts."""
 
     learning_rate: float = Field(1e-4, gt=0)
+    learning_rates: dict[str, PositiveFloat] = Field(default_factory=dict)  # of networks with a rate of their own
     lr_scheduler: Literal["constant", "cosine", "cosine_with_restarts"] = "constant"
     lr_num_cycles: int = Field(1, gt=0)  # of cosine_with_restarts
     lr_warmup_steps: int = Field(0, ge=0)
@@ -23,6 +24,11 @@ class OptimizerConfig(Strict):
     adam_weight_decay: float = Field(1e-4, ge=0)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
+
+
+def rate_of(config: OptimizerConfig, network: str) -> float:
+    """The learning rate of a network, before warm-up and decay."""
+    return config.learning_rates.get(network, config.learning_rate)
 
 
 def adamw(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:

@@ -10,6 +10,8 @@ from trimtab.config import Strict
 from trimtab.methods.agsm import AGSMConfig
 from trimtab.methods.crd import CRDConfig
 from trimtab.methods.diffusion_nft import DiffusionNFTConfig
+from trimtab.methods.dmd2 import DMD2Config
+from trimtab.methods.gndm import GNDMConfig
 from trimtab.methods.pretrain import PretrainMicroConfig, PretrainRecognizerConfig, PretrainVAEConfig
 from trimtab.methods.softrepa import SoftREPAConfig
 from trimtab.optimizer import OptimizerConfig
@@ -21,6 +23,8 @@ MethodConfig = Annotated[
     | DiffusionNFTConfig
     | AGSMConfig
     | SoftREPAConfig
+    | DMD2Config
+    | GNDMConfig
     | PretrainVAEConfig
     | PretrainMicroConfig
     | PretrainRecognizerConfig,
@@ -84,6 +88,7 @@ class EvaluationConfig(Strict):
     num_inference_steps: int = Field(40, gt=0)
     guidance_scale: float = Field(1.0, ge=0)  # of the trained model and of the base beside it
     base_guidance_scale: float | None = Field(4.5, ge=0)  # the base is also shown at its best; None: it is not
+    base_num_inference_steps: int | None = Field(None, gt=0)  # at its best; None: as many as the trained model
 
 
 class RunConfig(Strict):

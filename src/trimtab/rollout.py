@@ -23,7 +23,7 @@ from trimtab.config import Strict
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.rewards.composite import Composite, RewardFailed, Scored
-from trimtab.solvers import ode
+from trimtab.solvers import few_step, ode
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class RolloutConfig(Strict):
     """What one step of online training samples."""
 
     num_prompts: int = Field(48, gt=0)  # groups a step, over all processes
-    group_size: int = Field(24, gt=1)  # siblings of one prompt
+    group_size: int = Field(24, gt=0)  # siblings of one prompt
     num_inference_steps: int = Field(10, gt=0)
     guidance_scale: float = Field(1.0, ge=0)  # 1 is off
     solver_order: Literal[1, 2] = 1
@@ -95,12 +95,7 @@ class Rollouts:
         return rollout, log
 
     def _prompts(self, step: int) -> Prompts:
-        """This process' share of the step's prompts: each pass over the file is a new order, and none comes twice."""
-        size = min(self.config.num_prompts, len(self.prompts))
-        steps_per_epoch = len(self.prompts) // size
-        epoch, place = divmod(step, steps_per_epoch)
-        order = torch.randperm(len(self.prompts), generator=noise.generator(self.seed, epoch, noise.ORDER)).tolist()
-        return self.prompts[order[place * size : (place + 1) * size][self.rank :: self.num_processes]]
+        return share(self.prompts, self.config.num_prompts, step, self.seed, self.rank, self.num_processes)
 
     def _sample(self, keys: list, condition: Condition, group: Tensor, role: str) -> tuple[Tensor, Tensor]:
         """Clean latents (B, C, h, w) on the pipeline's device, and pictures (B, 3, H, W) on the CPU."""
@@ -161,6 +156,14 @@ class Rollouts:
         return log | {f"failed/{name}": float(count) for name, count in scored.failed.items()}
 
 
+def share(prompts: Prompts, size: int, draw: int, seed: int, rank: int, num_processes: int) -> Prompts:
+    """This process' share of the `draw`-th `size` prompts: each pass over a file is a new order, none comes twice."""
+    size = min(size, len(prompts))
+    epoch, place = divmod(draw, len(prompts) // size)
+    order = torch.randperm(len(prompts), generator=noise.generator(seed, epoch, noise.ORDER)).tolist()
+    return prompts[order[place * size : (place + 1) * size][rank::num_processes]]
+
+
 def sample(
     pipeline: Pipeline,
     start: Tensor,
@@ -169,13 +172,17 @@ def sample(
     role: str,
     guidance_scale: float,
     order: int = 1,
+    later: Tensor | None = None,
 ) -> Tensor:
-    """Clean latents (B, C, h, w) from noise of that shape by the deterministic solver, one condition a sample."""
+    """Clean latents (B, C, h, w) from noise of that shape, one condition a sample: by the deterministic solver, or as a
+    few-step student makes them, with `later` (T - 1, B, C, h, w) as the noise between its calls."""
 
     def predict(x_t: Tensor, t: Tensor) -> Prediction:
         return pipeline.predict(x_t, t, condition, role, guidance_scale)
 
-    return ode(predict, start, times.to(start.device), order)
+    if later is None:
+        return ode(predict, start, times.to(start.device), order)
+    return few_step(predict, start, times.to(start.device), torch.cat([later, torch.zeros_like(start)[None]]))[-1]
 
 
 def _distance(latents: Tensor, group: Tensor) -> float:

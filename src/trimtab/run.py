@@ -23,7 +23,7 @@ from trimtab.report import write_report
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
-from trimtab.wiring import TRAINED, Display, Run, build, check
+from trimtab.wiring import DISTILLATION, Display, Run, build, check
 
 RECIPES = Path(__file__).parent / "recipes"
 ABOUT = ("command", "revision", "versions")  # what config.yaml says beside the recipe
@@ -148,7 +148,7 @@ def _finish(run: Run) -> None:
     if run.pipeline is None:
         return
     if run.config.evaluation.suite is not None:
-        _evaluate(run, "trained", TRAINED, run.config.evaluation.guidance_scale)
+        _evaluate(run, "trained", run.result, _setting(run.config))
     write_report(run.folder)
 
 
@@ -157,12 +157,15 @@ def _evaluate_base(run: Run) -> None:
     config = run.config.evaluation
     if run.pipeline is None or config.suite is None or not run.writes:
         return
-    _evaluate(run, "base", REFERENCE, config.guidance_scale)
+    setting = _setting(run.config)
+    _evaluate(run, "base", REFERENCE, setting)
     if config.base_guidance_scale is not None:
-        _evaluate(run, "base-guided", REFERENCE, config.base_guidance_scale)
+        steps = config.base_num_inference_steps or setting.num_inference_steps
+        best = {"guidance_scale": config.base_guidance_scale, "num_inference_steps": steps}
+        _evaluate(run, "base-guided", REFERENCE, replace(setting, few_step=run.pipeline.few_step, **best))
 
 
-def _evaluate(run: Run, label: str, role: str, guidance_scale: float) -> None:
+def _evaluate(run: Run, label: str, role: str, setting: evaluate.Setting) -> None:
     folder = run.folder / "evaluation" / label
     if (folder / "results.json").is_file():
         return  # written last, so all of it is there
@@ -172,14 +175,14 @@ def _evaluate(run: Run, label: str, role: str, guidance_scale: float) -> None:
         run.pipeline,
         role,
         run.unseen,
-        replace(_setting(run.config), guidance_scale=guidance_scale),
+        setting,
         folder,
         rewards=own,  # the built-in ones are measured wherever they can be
         described={
             "model": run.config.model.pretrained_model_name_or_path,
-            "adapters": [*run.config.model.adapters, *(["export"] if role == TRAINED else [])],
+            "adapters": [*run.config.model.adapters, *(["export"] if role == run.result else [])],
         },
-        reference=REFERENCE if role == TRAINED else None,
+        reference=REFERENCE if role == run.result else None,
         progress=lambda done, total: run.display.progress(f"evaluating {label}", done, total),
     )
     numbers = {f"eval/{label}/{name}": value for name, value in evaluate.headline(results).items()}
@@ -195,6 +198,7 @@ def _setting(config: RunConfig) -> evaluate.Setting:
         resolution=config.model.resolution,
         batch_size=config.rollout.sample_batch_size,
         precision=config.model.mixed_precision,
+        few_step=config.method.name in DISTILLATION,
     )
 
 
@@ -207,7 +211,7 @@ def _pictures(run: Run, step: int) -> None:
     number = min(number, len(prompts))
     chosen = prompts[[i * len(prompts) // number for i in range(number)]]
     setting = replace(_setting(run.config), images_per_prompt=1)
-    images, _ = evaluate.generate(run.pipeline, TRAINED, chosen, torch.arange(number), list(range(number)), setting)
+    images, _ = evaluate.generate(run.pipeline, run.result, chosen, torch.arange(number), list(range(number)), setting)
     columns = math.ceil(math.sqrt(number))
     blank = images.new_ones(columns * math.ceil(number / columns) - number, *images.shape[1:])
     grid = torch.cat([images, blank]).unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

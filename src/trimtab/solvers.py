@@ -142,16 +142,32 @@ def sde(
 
 
 def few_step(predict: Predict, x: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-    """Predict x0 and noise it afresh to the next time, T times over; noise is (T, B, ...).
+    """Predict x0 and noise it afresh to the next time, T times over; noise is (T, B, ...): the whole path (T + 1, ...).
 
-    With times[-1] = 0 the result is the last x0, and noise[-1] has no effect. With a list cut short, times[: k + 1],
-    it is the network's input at times[k]: backward simulation (DMD2, arXiv 2405.14867).
+    path[k] is the network's input at times[k]: backward simulation (DMD2, arXiv 2405.14867). With times[-1] = 0 the
+    path ends in the last x0, and noise[-1] has no effect.
     """
     x, times = _start(x, times)
+    path = [x]
     for t, t_next, z in zip(times[:-1], times[1:], noise, strict=True):
-        now = predict(x, t)
-        x = now.process.noised(now.x0, z, t_next)  # (B, ...)
-    return x
+        now = predict(path[-1], t)
+        path.append(now.process.noised(now.x0, z, t_next))  # (B, ...)
+    return torch.stack(path)
+
+
+def few_step_grid(num_steps: int, shift: float = 1.0) -> Tensor:
+    """Times (T + 1,) at which a student of rectified flow is called, and 0: an even grid from 1, shifted.
+
+    {1, 3/4, 1/2, 1/4} for four calls, {1, .9, .75, .5} at SD3's shift of 3. Unlike `time_grid` it leaves no call to
+    the very end, where a prediction of x0 says nothing new.
+    """
+    return shifted(torch.arange(num_steps, -1, -1) / num_steps, shift)
+
+
+def vp_few_step_grid(num_steps: int, num_train_timesteps: int = NUM_TIMESTEPS) -> Tensor:
+    """The same for a table: rows 999, 749, 499, 249 for four calls, as DMD2 has them and diffusers' LCMScheduler."""
+    rows = num_train_timesteps - 1 - np.arange(num_steps) * num_train_timesteps // num_steps
+    return torch.from_numpy((np.append(rows, -1) + 1) / num_train_timesteps).float()
 
 
 def _start(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,14 @@ from trimtab.captioned import Captioned
 from trimtab.errors import UserError
 from trimtab.learner import Learner
 from trimtab.method import Method
-from trimtab.methods import agsm, crd, diffusion_nft, pretrain, softrepa
+from trimtab.methods import agsm, crd, diffusion_nft, dmd2, gndm, pretrain, softrepa
 from trimtab.pipelines import Pipeline, loading
 from trimtab.recipe import RunConfig
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import Rollouts
+from trimtab.student import Student
 from trimtab.worlds.files import load_prompts
 from trimtab.worlds.pictures import Pictures, load_pictures
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 ONLINE = {"crd": crd.CRD, "diffusion-nft": diffusion_nft.DiffusionNFT}  # prompts and rewards; trains weights
 CAPTIONED = {"agsm": agsm.AGSM, "softrepa": softrepa.SoftREPA}  # pictures with captions; trains soft tokens
+DISTILLATION = {"dmd2": dmd2.DMD2, "gndm": gndm.GNDM}  # prompts, and maybe rewards; trains a student and its fake
 PRETRAIN = {
     "pretrain-vae": pretrain.PretrainVAE,
     "pretrain-micro": pretrain.PretrainMicro,
@@ -58,6 +60,11 @@ class Run:
     display: Display
 
     @property
+    def result(self) -> str:
+        """The role that is shown, evaluated and exported."""
+        return getattr(self.config.method, "result", TRAINED)
+
+    @property
     def writes(self) -> bool:
         return self.accelerator.is_main_process
 
@@ -86,13 +93,33 @@ def check(config: RunConfig) -> Inputs:
     if config.method.name in CAPTIONED:
         loading.check_tokens(config.method.tokens, model)
         return replace(_captioned_inputs(config), merged=merged.loras)
-    return replace(_online_inputs(config), merged=merged.loras)
+    inputs = _distillation_inputs(config) if config.method.name in DISTILLATION else _online_inputs(config)
+    return replace(inputs, merged=merged.loras)
 
 
 def _online_inputs(config: RunConfig) -> Inputs:
-    prompts = load_prompts(config.data.prompts)
     if not config.rewards:
         raise UserError("the recipe names no reward; add one, for example rewards='{path/to/file.py:function: 1.0}'.")
+    if config.rollout.group_size < 2:
+        raise UserError("rollout.group_size is 1; give 2 or more, for samples are compared with their siblings.")
+    prompts = _prompts(config)
+    unseen = load_prompts(config.evaluation.suite or config.data.prompts, "test") if _shows(config) else None
+    return Inputs(prompts=prompts, rewards=_rewards(config, prompts, unseen), unseen=unseen)
+
+
+def _distillation_inputs(config: RunConfig) -> Inputs:
+    if config.rollout.guidance_scale != 1 or config.rollout.solver_order != 1:
+        raise UserError("a few-step student samples without guidance; leave rollout.guidance_scale and solver_order at 1.")
+    prompts = _prompts(config)
+    unseen = load_prompts(config.evaluation.suite or config.data.prompts, "test") if _shows(config) else None
+    rewards = _rewards(config, prompts, unseen) if config.rewards else None
+    if rewards is not None:
+        DISTILLATION[config.method.name].check_rewards(config.method, rewards, config.rollout.num_inference_steps)
+    return Inputs(prompts=prompts, rewards=rewards, unseen=unseen)
+
+
+def _prompts(config: RunConfig) -> Prompts:
+    prompts = load_prompts(config.data.prompts)
     size = min(len(prompts), config.rollout.num_prompts)
     if size < config.rollout.num_prompts:
         logger.warning("only %d prompts for rollouts of %d", size, config.rollout.num_prompts)
@@ -102,8 +129,7 @@ def _online_inputs(config: RunConfig) -> Inputs:
             f"a rollout of {size} prompts can't be shared by {processes} processes, each of which takes whole prompts; "
             f"make rollout.num_prompts a multiple of {processes} that the prompts suffice for."
         )
-    unseen = load_prompts(config.evaluation.suite or config.data.prompts, "test") if _shows(config) else None
-    return Inputs(prompts=prompts, rewards=_rewards(config, prompts, unseen), unseen=unseen)
+    return prompts
 
 
 def _captioned_inputs(config: RunConfig) -> Inputs:
@@ -140,6 +166,10 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
     elif name in CAPTIONED:
         pipeline = _with_tokens(config, accelerator, inputs)
         method = CAPTIONED[name](config.method, pipeline, _captioned(config, folder, accelerator, inputs, pipeline))
+    elif name in DISTILLATION:
+        pipeline = _with_weights(config, accelerator, inputs)
+        student = _student(config, accelerator, inputs, pipeline)
+        method = DISTILLATION[name](config.method, pipeline, student, inputs.rewards)
     else:
         pipeline = _with_weights(config, accelerator, inputs)
         rollouts = _rollouts(config, accelerator, inputs, pipeline)
@@ -155,6 +185,7 @@ def _with_weights(config: RunConfig, accelerator: Accelerator, inputs: Inputs) -
         config.model.pretrained_model_name_or_path,
         lora=config.model.lora,
         merged=inputs.merged,
+        trained=getattr(config.method, "trained_roles", (TRAINED,)),
         frozen=config.method.frozen_roles,
         precision=config.model.precision,
         device=accelerator.device,
@@ -172,6 +203,20 @@ def _with_tokens(config: RunConfig, accelerator: Accelerator, inputs: Inputs) ->
         precision=config.model.precision,
         device=accelerator.device,
         seed=config.seed,
+    )
+
+
+def _student(config: RunConfig, accelerator: Accelerator, inputs: Inputs, pipeline: Pipeline) -> Student:
+    return Student(
+        pipeline,
+        inputs.prompts,
+        config.rollout,
+        config.model.resolution or pipeline.resolution,
+        config.training.train_batch_size,
+        config.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.gather if accelerator.num_processes > 1 else None,
     )
 
 

@@ -132,8 +132,8 @@ class AGSM:
         if self.config.ema_start == "random":
             tokens.redraw(AVERAGE, self.captioned.seed + 1)
 
-    def trained(self) -> dict[str, nn.Module]:
-        return {TRAINED: self.pipeline.roles.banks[TRAINED]}
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {TRAINED: self.pipeline.roles.parameters(TRAINED)}
 
     def state(self) -> dict[str, Stateful]:
         return {"tokens": self.pipeline.roles, "pictures": self.captioned}

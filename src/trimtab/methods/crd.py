@@ -52,7 +52,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trimtab.batch import Rollout
+from trimtab.batch import Rollout, whole_groups
 from trimtab.errors import UserError
 from trimtab.forward import Points, TimesConfig, points, times_of
 from trimtab.groups import means, softmax_weights
@@ -232,8 +232,8 @@ class CRD:
     updates: int = 0
     log: dict[str, float] = field(default_factory=dict)
 
-    def trained(self) -> dict[str, nn.Module]:
-        return {TRAINED: self.pipeline.roles.network}
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {TRAINED: self.pipeline.roles.parameters(TRAINED)}
 
     def state(self) -> dict[str, Stateful]:
         return {"roles": self.pipeline.roles, "updates": self}
@@ -256,7 +256,7 @@ class CRD:
         num_terms = len(rollout) * config.num_train_times
         for number, t in enumerate(times.unbind(1) if num_terms else ()):
             at = points(self.pipeline, rollout, t, number)
-            for pack in rollout.whole_groups(self.batch_size):
+            for pack in whole_groups(rollout.group, self.batch_size):
                 yield from self._pack(rollout[pack], at[pack], num_terms)
         self.updates += 1
 

@@ -84,8 +84,8 @@ class DiffusionNFT:
     updates: int = 0
     log: dict[str, float] = field(default_factory=dict)
 
-    def trained(self) -> dict[str, nn.Module]:
-        return {TRAINED: self.pipeline.roles.network}
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {TRAINED: self.pipeline.roles.parameters(TRAINED)}
 
     def state(self) -> dict[str, Stateful]:
         return {"roles": self.pipeline.roles, "updates": self}

@@ -70,8 +70,8 @@ class PretrainVAE:
         self.vae: AutoencoderKL = micro.build(seed).vae.to(device)
         self.images = torch.cat([images for images, _, _ in drawn(config.num_scenes, seed)]).to(device)
 
-    def trained(self) -> dict[str, nn.Module]:
-        return {"vae": self.vae}
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {"vae": dict(self.vae.named_parameters())}
 
     def state(self) -> dict[str, Stateful]:
         return {}
@@ -118,8 +118,8 @@ class PretrainMicro:
         self.latents, self.contents = self._encoded(device)
         self.of_tag = {tag: [i for i, c in enumerate(ALL) if c["tag"] == tag] for tag in blocks.TAGS}
 
-    def trained(self) -> dict[str, nn.Module]:
-        return {"micro": self.network}
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {"micro": dict(self.network.named_parameters())}
 
     def state(self) -> dict[str, Stateful]:
         return {"average": self.average}
@@ -189,8 +189,8 @@ class PretrainRecognizer:
         images, _, cells = zip(*drawn(config.num_scenes, seed), strict=True)
         self.images, self.cells = torch.cat(images).to(device), torch.cat(cells).to(device)
 
-    def trained(self) -> dict[str, nn.Module]:
-        return {"recognizer": self.recognizer}
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {"recognizer": dict(self.recognizer.named_parameters())}
 
     def state(self) -> dict[str, Stateful]:
         return {}

@@ -82,8 +82,8 @@ class SoftREPA:
         if self.config.tokens_start == "empty-prompt":
             self.pipeline.roles.start_at(self.pipeline.encode([""]).tokens[0, 0])
 
-    def trained(self) -> dict[str, nn.Module]:
-        return {TRAINED: self.pipeline.roles.banks[TRAINED]}
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {TRAINED: self.pipeline.roles.parameters(TRAINED)}
 
     def state(self) -> dict[str, Stateful]:
         return {"tokens": self.pipeline.roles, "pictures": self.captioned}

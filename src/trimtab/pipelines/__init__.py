@@ -24,6 +24,14 @@ class Pipeline(Protocol):
     precision: torch.dtype  # of its computations
 
     @property
+    def few_step(self) -> bool:
+        """Whether the model is a student, which predicts x0 and noises it afresh."""
+
+    @property
+    def num_calls(self) -> int | None:
+        """How many calls the model was distilled to, if that is known."""
+
+    @property
     def resolution(self) -> int:
         """The side in pixels that the model was made for."""
 
@@ -32,6 +40,9 @@ class Pipeline(Protocol):
 
     def time_grid(self, num_steps: int) -> Tensor:
         """Falling times (T + 1,) of the model's own scheduler."""
+
+    def few_step_grid(self, num_steps: int) -> Tensor:
+        """Falling times (T + 1,) at which a student of the model is called."""
 
     def encode(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts; each distinct prompt is encoded once."""
@@ -50,5 +61,6 @@ class Pipeline(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [0, 1]."""
 
-    def export(self, folder: Path, role: str) -> None:
-        """Write a role's weights as stock diffusers loads them; a LoRA as PEFT loads it, too."""
+    def export(self, folder: Path, role: str, num_calls: int | None = None) -> None:
+        """Write a role's weights as stock diffusers loads them; a LoRA as PEFT loads it, too. With `num_calls` they are
+        those of a student, and a scheduler goes with them."""

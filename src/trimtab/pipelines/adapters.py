@@ -20,6 +20,7 @@ class Adapters:
 
     loras: tuple[Path, ...] = ()
     tokens: Path | None = None
+    scheduler: Path | None = None  # folder of the one that a student's LoRA brings with it
 
 
 def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
@@ -38,7 +39,11 @@ def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
                 loras.append(file)
     if len(tokens) > 1:
         raise UserError(f"{tokens[0]} and {tokens[1]} are both soft tokens, and a model takes one bank; give one.")
-    return Adapters(tuple(loras), tokens[0] if tokens else None)
+    twice = {file for file in loras if loras.count(file) > 1}
+    if twice:
+        raise UserError(f"{min(twice)} was given twice, and would count twice; give it once.")
+    schedulers = [file.parent / "scheduler" for file in loras if (file.parent / "scheduler").is_dir()]
+    return Adapters(tuple(loras), tokens[0] if tokens else None, schedulers[-1] if schedulers else None)
 
 
 def merge(pipe: DiffusionPipeline, loras: Sequence[Path]) -> None:

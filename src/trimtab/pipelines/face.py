@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.batch import Condition
+from trimtab.pipelines import few_step
 from trimtab.prediction import Kind, Prediction
 from trimtab.process import Process
 from trimtab.roles import Roles
@@ -53,6 +54,24 @@ class Face:
     def time_grid(self, num_steps: int) -> Tensor:
         """Falling times (T + 1,) that the pipeline's own scheduler visits."""
         raise NotImplementedError
+
+    def few_step_grid(self, num_steps: int) -> Tensor:
+        """Falling times (T + 1,) at which a student is called."""
+        raise NotImplementedError
+
+    def student_scheduler(self, num_calls: int) -> SchedulerMixin:
+        """With which stock diffusers samples a student of this model."""
+        raise NotImplementedError
+
+    @property
+    def few_step(self) -> bool:
+        """Whether the model itself is a student, which predicts x0 and noises it afresh."""
+        return few_step.is_few_step(self.pipe.scheduler)
+
+    @property
+    def num_calls(self) -> int | None:
+        """How many calls the model was distilled to, if that is known."""
+        return few_step.num_calls(self.pipe.scheduler)
 
     def embed(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
@@ -98,22 +117,29 @@ class Face:
         """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1]: the mean of the auto-encoder's posterior."""
         return self.posterior(images)[0]
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in [0, 1]."""
+        """Pictures (B, 3, H, W), float32 in [0, 1]. To latents that want a gradient the limits are transparent."""
         config = self.pipe.vae.config
+        wanted = latents.requires_grad
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        with self._autocast(self.HALF_VAE):
-            images = self.pipe.vae.decode(latents, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp_(0, 1)
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()), self._autocast(self.HALF_VAE):
+            images = self.pipe.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
+        limited = images.detach().clamp(0, 1)
+        return images + (limited - images).detach() if images.requires_grad else limited
 
-    def export(self, folder: Path, role: str) -> None:
-        """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline."""
+    def export(self, folder: Path, role: str, num_calls: int | None = None) -> None:
+        """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline. With
+        `num_calls` the weights are those of a student, and the scheduler that samples it goes with them."""
+        scheduler = self.pipe.scheduler if num_calls is None else self.student_scheduler(num_calls)
         if self.roles.lora is None:
+            kept, self.pipe.scheduler = self.pipe.scheduler, scheduler
             self.pipe.save_pretrained(folder)
+            self.pipe.scheduler = kept
             if self.roles.module(role) is not getattr(self.pipe, self.NETWORK):
                 self.roles.module(role).save_pretrained(folder / self.NETWORK)
             return
+        if num_calls is not None:
+            scheduler.save_pretrained(folder / "scheduler")
         state, config = self.roles.lora_state(role), self.roles.lora.peft_config()
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         layers = {f"{self.NETWORK}_lora_layers": state, f"{self.NETWORK}_lora_adapter_metadata": config.to_dict()}

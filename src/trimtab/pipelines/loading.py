@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -101,19 +101,20 @@ def load(
     *,
     lora: LoraSettings | None,
     merged: Sequence[Path] = (),
+    trained: Sequence[str] = ("default",),
     frozen: Sequence[str] = (),
     precision: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Pipeline:
-    """A pipeline with the roles `default`, those of `frozen`, and `ref`. Under LoRA the backbone is in `precision`;
+    """A pipeline with the roles of `trained` and `frozen`, and `ref`. Under LoRA the backbone is in `precision`;
     weights that train are float32. A LoRA without target modules gets those of the pipeline's face. The LoRAs in the
     files `merged` become part of the weights first."""
     face, pipe = _stock(model, precision, precision if lora else torch.float32, merged, device)
     if lora is not None and lora.target_modules is None:
         lora = replace(lora, target_modules=face.TARGETS)
     network = getattr(pipe, face.NETWORK)
-    return face(pipe, Roles(network, trained=("default",), frozen=frozen, lora=lora, seed=seed), precision)
+    return face(pipe, Roles(network, trained=trained, frozen=frozen, lora=lora, seed=seed), precision)
 
 
 def load_with_tokens(
@@ -143,6 +144,9 @@ def load_for_sampling(
 ) -> Pipeline:
     """A pipeline with one role, `default`: the model itself, with LoRAs merged into it by diffusers, and its tokens."""
     face, pipe = _stock(model, precision, precision, adapters.loras, device)
+    if adapters.scheduler is not None:
+        kind = LCMScheduler if face.NETWORK == "unet" else FlowMatchEulerDiscreteScheduler
+        pipe.scheduler = kind.from_pretrained(adapters.scheduler)
     if adapters.tokens is not None:
         load_soft_tokens(pipe, adapters.tokens)
     return face(pipe, _Fixed(getattr(pipe, face.NETWORK)), precision)

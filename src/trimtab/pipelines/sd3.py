@@ -10,16 +10,17 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.batch import Condition
+from trimtab.pipelines import few_step
 from trimtab.pipelines.face import Face
 from trimtab.process import RectifiedFlow
 from trimtab.roles import Roles
-from trimtab.solvers import time_grid
+from trimtab.solvers import few_step_grid, time_grid
 
 MAX_TEXT_TOKENS = 256  # of T5; the default of StableDiffusion3Pipeline
 
@@ -39,6 +40,16 @@ class SD3(Face):
     def time_grid(self, num_steps: int) -> Tensor:
         """Times (T + 1,) from 1 to 0 as the pipeline's own scheduler would take them."""
         return time_grid(num_steps, self.pipe.scheduler.config.shift)
+
+    def few_step_grid(self, num_steps: int) -> Tensor:
+        """Times (T + 1,) at which a student is called, with the model's own shift."""
+        if self.few_step:
+            return few_step.times_of(self.pipe.scheduler, num_steps)
+        return few_step_grid(num_steps, self.pipe.scheduler.config.shift)
+
+    def student_scheduler(self, num_calls: int) -> FlowMatchEulerDiscreteScheduler:
+        """With which stock diffusers samples a student of this model."""
+        return few_step.flow_scheduler(num_calls, self.pipe.scheduler.config.shift)
 
     def embed(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""

@@ -6,13 +6,14 @@ Half precision overflows in SDXL's auto-encoder, which therefore always computes
 from collections.abc import Sequence
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from trimtab.batch import Condition
-from trimtab.pipelines import unet
+from trimtab.pipelines import few_step, unet
 from trimtab.pipelines.face import Face
 from trimtab.roles import Roles
+from trimtab.solvers import vp_few_step_grid
 
 
 class SDXL(Face):
@@ -33,6 +34,14 @@ class SDXL(Face):
     def time_grid(self, num_steps: int) -> Tensor:
         """Times (T + 1,) of the rows that the pipeline's own scheduler visits."""
         return unet.time_grid(self.pipe.scheduler, num_steps)
+
+    def few_step_grid(self, num_steps: int) -> Tensor:
+        """Times (T + 1,) at which a student is called."""
+        return vp_few_step_grid(num_steps, len(self.process.alphas_cumprod))
+
+    def student_scheduler(self, num_calls: int) -> LCMScheduler:
+        """With which stock diffusers samples a student of this model."""
+        return few_step.table_scheduler(num_calls, self.pipe.scheduler.config)
 
     def embed(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""

@@ -257,6 +257,10 @@ class SoftTokens:
         with self.injection.using(self.banks.get(role)):
             return self.network(*args, **kwargs)
 
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """A role's learned numbers, by name."""
+        return dict(self.banks[role].named_parameters())
+
     @torch.no_grad()
     def start_at(self, token: Tensor) -> None:
         """Make every base token of every role this one (D,); UserError where tokens are of another width."""

@@ -9,22 +9,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
 from torch import Tensor
 
 from trimtab.errors import UserError
 from trimtab.prediction import Kind
 from trimtab.process import VariancePreserving
-from trimtab.solvers import vp_time_grid
+from trimtab.solvers import vp_few_step_grid, vp_time_grid
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v"}  # diffusers' word -> that of `Prediction`
-Scheduler = DDIMScheduler | PNDMScheduler | EulerDiscreteScheduler | EulerAncestralDiscreteScheduler
+Scheduler = DDIMScheduler | PNDMScheduler | EulerDiscreteScheduler | EulerAncestralDiscreteScheduler | LCMScheduler
 SCHEDULERS = {
     "DDIMScheduler": DDIMScheduler,
     "PNDMScheduler": PNDMScheduler,
     "EulerDiscreteScheduler": EulerDiscreteScheduler,
     "EulerAncestralDiscreteScheduler": EulerAncestralDiscreteScheduler,
+    "LCMScheduler": LCMScheduler,
 }
 UNDERSTOOD = {  # values of a scheduler's configuration; any other would move the times away from the table's rows
     "prediction_type": tuple(KINDS),
@@ -68,6 +75,8 @@ def time_grid(scheduler: Scheduler, num_steps: int) -> Tensor:
     """Times (T + 1,) of the rows that the scheduler visits."""
     config = scheduler.config
     size = len(scheduler.alphas_cumprod)
+    if isinstance(scheduler, LCMScheduler):
+        return vp_few_step_grid(num_steps, size)
     return vp_time_grid(num_steps, size, config.timestep_spacing, config.steps_offset, _ends_clean(scheduler))
 
 

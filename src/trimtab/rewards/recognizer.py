@@ -114,14 +114,24 @@ def load(path: Path = ASSET) -> Recognizer:
 
 
 class RecognizerScore:
-    """The recognizer as a black-box reward; NaN for a prompt without GenEval facts."""
+    """The recognizer as a reward; NaN for a prompt without GenEval facts."""
 
+    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        return self.with_gradient(images.cpu(), prompts, metadata)
+
+    def with_gradient(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        """The same (B,), on the pictures' device and differentiable with respect to them."""
         if images.shape[-2:] != (SIZE_PX, SIZE_PX):
             raise ValueError(f"the recognizer reads {SIZE_PX} x {SIZE_PX} pictures, got {tuple(images.shape)}")
-        scores = torch.full((len(images),), torch.nan)
         known = [i for i, line in enumerate(metadata) if "include" in line]
-        if known:
-            with torch.no_grad():
-                scores[known] = load().score(images[known].cpu(), [metadata[i] for i in known])
-        return scores
+        scores = images.new_full((len(images),), torch.nan)
+        if not known:
+            return scores
+        return scores.index_put((torch.tensor(known),), self._on(images.device).score(
+            images[known], [metadata[i] for i in known]
+        ))
+
+    @staticmethod
+    def _on(device: torch.device) -> Recognizer:
+        return load().to(device)
