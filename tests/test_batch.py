@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.batch import Condition, Prompts, Rollout
+from trimtab.batch import Condition, Prompts, Rollout, whole_groups
 
 PROMPTS = Prompts(tuple("abcdef"), tuple({"n": n} for n in range(6)), (10, 11, 12, 13, 14, 15))
 groups_of_samples = st.lists(st.integers(0, 5), min_size=1, max_size=20)
@@ -22,7 +22,7 @@ def rollout(group):
 
 @given(groups_of_samples, st.integers(1, 8))
 def test_packs_hold_whole_groups_within_the_size_and_each_sample_once(group, size):
-    packs = list(rollout(group).whole_groups(size))
+    packs = list(whole_groups(torch.tensor(group, dtype=torch.int64), size))
     assert sorted(torch.cat(packs).tolist()) == list(range(len(group)))
     for pack in packs:
         members = {group[i] for i in pack.tolist()}
@@ -31,14 +31,14 @@ def test_packs_hold_whole_groups_within_the_size_and_each_sample_once(group, siz
 
 
 def test_packs_are_filled():
-    assert [len(pack) for pack in rollout([0, 0, 1, 1, 2, 2, 3, 3, 3]).whole_groups(4)] == [4, 2, 3]
+    assert [len(pack) for pack in whole_groups(torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3]), 4)] == [4, 2, 3]
 
 
 @given(groups_of_samples, st.integers(1, 8))
 def test_split_gives_that_many_parts_of_whole_groups_and_nearly_equal_numbers(group, num_parts):
     parts = rollout(group).split(num_parts)
     assert len(parts) == num_parts  # on every process, however few groups it has
-    assert all(list(part.whole_groups(4)) == [] for part in parts if not len(part))
+    assert all(list(whole_groups(part.group, 4)) == [] for part in parts if not len(part))
     sets = [set(part.group.tolist()) for part in parts]
     assert sum(map(len, sets)) == len(set(group))  # so no group is in two parts
     assert max(map(len, sets)) - min(map(len, sets)) <= 1

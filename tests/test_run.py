@@ -42,6 +42,11 @@ METHODS = {
     "crd": {"method": {"name": "crd", "num_train_times": 2}},
     "diffusion-nft": {"method": {"name": "diffusion-nft", "num_train_times": 2}},
     "agsm": CAPTIONED,
+    "dmd2": {"method": {"name": "dmd2", "fake_updates": 2}, "rewards": {}},
+    "gndm": {
+        "method": {"name": "gndm", "fake_updates": 1, "fake_warmup": 1, "reuse": 2, "ema_decay": 0.5, "reward_start": 2,
+                   "calibration": 1, "normaliser": "binned"}
+    },
     "softrepa": CAPTIONED | {"method": CAPTIONED["method"] | {"name": "softrepa"}},
 }
 CLOCK = ("seconds/", "elapsed_seconds", "images_per_second")  # what differs between two equal runs
@@ -122,7 +127,7 @@ def cli(monkeypatch, capsys):
 def metrics(folder="runs/mine"):
     """The steps of metrics.jsonl without what a clock says."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "lr" in line]
+    steps = [line for line in lines if "updates" in line]
     return [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in steps]
 
 

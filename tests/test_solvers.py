@@ -8,7 +8,18 @@ from scipy.integrate import solve_ivp
 
 from trimtab.prediction import Prediction
 from trimtab.process import RectifiedFlow, VariancePreserving
-from trimtab.solvers import few_step, guided, log_prob, ode, sde, sde_step, time_grid, vp_time_grid
+from trimtab.solvers import (
+    few_step,
+    few_step_grid,
+    guided,
+    log_prob,
+    ode,
+    sde,
+    sde_step,
+    time_grid,
+    vp_few_step_grid,
+    vp_time_grid,
+)
 from trimtab.worlds.gaussians import Mixture
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -362,9 +373,8 @@ def test_few_step_predicts_and_noises_again_by_hand():
     noise = torch.tensor([6.0, 100.0]).reshape(2, 1, 1)
     times = torch.tensor([1.0, 0.5, 0.0])
     x = torch.full((1, 1), 4.0)
-    assert few_step(predict, x, times, noise).item() == 2
-    assert few_step(predict, x, times[:2], noise[:1]).item() == 4  # the network's second input
-    assert few_step(predict, x, times[:1], noise[:0]).item() == 4  # its first
+    assert few_step(predict, x, times, noise).flatten().tolist() == [4, 4, 2]  # the network's inputs, and the end
+    assert few_step(predict, x, times[:1], noise[:0]).flatten().tolist() == [4]
 
 
 def test_few_step_is_cps_at_full_noise():
@@ -372,7 +382,16 @@ def test_few_step_is_cps_at_full_noise():
     times, noise, x = time_grid(4), torch.randn(4, 3, 2), torch.randn(3, 2)
     predict = wavy("flow", RectifiedFlow())
     path, _ = sde(predict, x, times, noise, 1.0, "cps")
-    assert gap(few_step(predict, x, times, noise), path[-1]) < 1e-6
+    assert gap(few_step(predict, x, times, noise), path) < 1e-6
+
+
+def test_a_student_is_called_at_the_published_times():
+    assert few_step_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert few_step_grid(4, 3.0).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])  # SD3's shift
+    assert few_step_grid(1, 3.0).tolist() == [1, 0]
+    rows = VariancePreserving().timestep(vp_few_step_grid(4)[:-1])
+    assert rows.tolist() == [999, 749, 499, 249]  # DMD2's for SDXL
+    assert vp_few_step_grid(3)[-1] == 0
 
 
 def test_noise_must_have_one_row_a_step():

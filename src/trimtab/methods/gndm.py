@@ -188,12 +188,11 @@ class GNDM:
         draws = 1 + self.config.reuse * each
         draw = self.student.draw(step, 0, draws)
         calls = [self.student.choice(draw, use) for use in range(self.config.reuse)]
-        first = None
+        first = self._rollout(draw, calls)  # before anything moves, so that a reward that fails ends a step cleanly
         for use, k in enumerate(calls):
             yield from self.student.fake_calls(step, range(1 + use * each, 1 + (use + 1) * each), draws)
             if not (step or use):
                 yield from self.student.fake_calls(step, range(draws, draws + self.config.fake_warmup), draws)
-            first = self._rollout(draw, calls) if first is None else first
             yield replace(first, k=k, t=self.student.times()[k], reused=use > 0)
 
     def losses(self, call: Call) -> Iterator[Loss]:

@@ -111,6 +111,7 @@ class PretrainMicro:
         pipe = micro.build(seed)
         pipe.register_modules(vae=_load_vae(config.vae))
         pipe.to(device)
+        SD3.prepare(pipe.transformer)
         self.face = SD3(pipe, Roles(pipe.transformer, lora=None), precision)
         self.network = nn.ModuleDict({name: getattr(pipe, name) for name in micro.TRAINED})
         self.network.requires_grad_(True)

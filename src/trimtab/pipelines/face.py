@@ -41,6 +41,10 @@ class Face:
         self._memory: dict[str, Condition] = {}
         self.unconditional = self.encode([""])  # what guidance leads away from
 
+    @staticmethod
+    def prepare(network: torch.nn.Module) -> None:
+        """Change what a family must in a network, before roles make copies of it."""
+
     @property
     def resolution(self) -> int:
         """The side in pixels that the model was made for."""

@@ -180,6 +180,7 @@ def _stock(
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
+    face.prepare(getattr(pipe, face.NETWORK))
     return face, pipe.to(device)
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,9 +33,13 @@ class SD3(Face):
     TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def __init__(self, pipe: StableDiffusion3Pipeline, roles: Roles, precision: torch.dtype):
-        roles.network.set_attn_processor(WeightedAttention())
         self._weight = _folded(pipe, next(roles.network.parameters()).device)
         super().__init__(pipe, roles, precision, RectifiedFlow(), "flow")
+
+    @staticmethod
+    def prepare(network: SD3Transformer2DModel) -> None:
+        """Let its attention count tokens."""
+        network.set_attn_processor(WeightedAttention())
 
     def time_grid(self, num_steps: int) -> Tensor:
         """Times (T + 1,) from 1 to 0 as the pipeline's own scheduler would take them."""

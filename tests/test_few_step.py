@@ -1,0 +1,95 @@
+"""Students in stock diffusers: schedulers that visit a student's times, and pictures that are the same to 1/255."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from trimtab.evaluate import Setting, generate
+from trimtab.pipelines import few_step, loading
+from trimtab.solvers import few_step_grid
+
+STOCK = {
+    "tiny_folder": StableDiffusion3Pipeline,
+    "tiny_sd_folder": StableDiffusionPipeline,
+    "tiny_sd21_folder": StableDiffusionPipeline,
+    "tiny_sdxl_folder": StableDiffusionXLPipeline,
+}
+TEXT = "a photo of a red circle"
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.15, 3.0, 6.0])
+@pytest.mark.parametrize("num_calls", [1, 2, 3, 4, 8])
+def test_the_flow_schedulers_default_times_are_the_students(num_calls, shift, tmp_path):
+    few_step.flow_scheduler(num_calls, shift).save_pretrained(tmp_path)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps(num_calls)
+    wanted = few_step_grid(num_calls, shift)
+    assert (scheduler.sigmas - wanted).abs().max() < 1e-6
+    assert (scheduler.timesteps - 1000 * wanted[:-1]).abs().max() < 1e-3
+    assert few_step.is_few_step(scheduler)
+    assert few_step.num_calls(scheduler) == num_calls
+
+
+def test_a_models_own_scheduler_is_no_students():
+    for scheduler in (FlowMatchEulerDiscreteScheduler(shift=3.0), DDIMScheduler()):
+        assert not few_step.is_few_step(scheduler)
+        assert few_step.num_calls(scheduler) is None
+    assert few_step.is_few_step(LCMScheduler())
+
+
+def moved(face):
+    """Its trained role away from the pre-trained one, so that a forgotten export would show."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in face.roles.parameters("default").values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return face
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("family", STOCK)
+def test_an_exported_student_draws_the_same_in_stock_diffusers(family, lora, build_face, request, tmp_path):
+    folder = request.getfixturevalue(family)
+    face = moved(build_face(folder) if lora else build_face(folder, lora=None))
+    face.export(tmp_path / "export", "default", num_calls=3)
+    if lora:
+        pipe = STOCK[family].from_pretrained(folder)
+        pipe.load_lora_weights(tmp_path / "export")
+        kind = FlowMatchEulerDiscreteScheduler if family == "tiny_folder" else LCMScheduler
+        pipe.scheduler = kind.from_pretrained(tmp_path / "export" / "scheduler")
+        adapters = loading.check_adapters([str(tmp_path / "export")], str(folder))
+        ours = loading.load_for_sampling(str(folder), adapters)
+    else:
+        pipe = STOCK[family].from_pretrained(tmp_path / "export")
+        ours = loading.load_for_sampling(str(tmp_path / "export"))
+    assert (ours.few_step, ours.num_calls) == (True, 3)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(5)
+    how = {"generator": torch.Generator().manual_seed(5)} if "sd" in family else {}
+    stock = pipe(TEXT, num_inference_steps=3, guidance_scale=1.0, output_type="np", **how).images[0]
+    images, _ = generate(
+        ours, "default", prompts(), torch.zeros(1, dtype=torch.int64), [5],
+        Setting(suite="", num_inference_steps=3, few_step=True),
+    )  # fmt: skip
+    found = images[0].permute(1, 2, 0).numpy()
+    assert found.std() > 0.01
+    assert np.abs((found * 255).round() - (stock * 255).round()).max() <= 1
+    trained, _ = generate(
+        face, "default", prompts(), torch.zeros(1, dtype=torch.int64), [5],
+        Setting(suite="", num_inference_steps=3, few_step=True),
+    )  # fmt: skip
+    assert (trained - images).abs().max() <= 1.01 / 255  # what was trained is what was exported
+
+
+def prompts():
+    from trimtab.batch import Prompts
+
+    return Prompts((TEXT,), ({},), (0,))

@@ -1,0 +1,283 @@
+"""Students: what they are trained on, that every gradient lands where it belongs, and that no way of cutting matters."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from trimtab.batch import Prompts
+from trimtab.learner import Learner
+from trimtab.methods.dmd2 import DMD2, DMD2Config
+from trimtab.methods.gndm import GNDM, GNDMConfig
+from trimtab.optimizer import OptimizerConfig
+from trimtab.pipelines.loading import load
+from trimtab.roles import LoraSettings
+from trimtab.rollout import RolloutConfig
+from trimtab.student import FAKE, STUDENT, Student, fake_time
+
+TEXTS = ("a photo of a red circle", "a photo of two stars", "a blue ring", "a cross")
+PROMPTS = Prompts(TEXTS, tuple({} for _ in TEXTS), tuple(range(10, 14)))
+LORA = LoraSettings(rank=4, lora_alpha=16)
+
+
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def face(tiny_folder):
+    """Student and fake as LoRAs, apart from each other and from the teacher."""
+    face = load(str(tiny_folder), lora=LORA, trained=(STUDENT, FAKE))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for role in (STUDENT, FAKE):
+            for parameter in face.roles.parameters(role).values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return face
+
+
+def student(face, batch_size=8, rank=0, num_processes=1, **config):
+    config = RolloutConfig(**{"num_prompts": 4, "group_size": 2, "num_inference_steps": 3} | config)
+    return Student(face, PROMPTS, config, face.resolution, batch_size, 7, rank, num_processes)
+
+
+def by_sample(draw, values):
+    keys = zip(draw.group.tolist(), draw.sibling.tolist(), strict=True)
+    return {(draw.prompts.index[g], s): value for (g, s), value in zip(keys, values, strict=True)}
+
+
+# Samples
+
+
+def test_a_path_starts_in_pure_noise_and_ends_as_stock_sampling_would(face):
+    own = student(face)
+    draw = own.draw(0, 0, 3)
+    path, noises = own.path(draw, 3), own.noises(draw)
+    assert path.shape == (4, 8, *face.latent_shape(face.resolution))
+    assert torch.equal(path[0], noises[0])
+    times = own.times()
+    with torch.no_grad():
+        for k in range(2):
+            x0 = face.predict(path[k], times[k], draw.conditions(), STUDENT).x0
+            assert gap(path[k + 1], face.process.noised(x0, noises[k + 1], times[k + 1])) < 1e-6
+        assert gap(path[3], face.predict(path[2], times[2], draw.conditions(), STUDENT).x0) < 1e-6
+    assert gap(own.path(draw, 1), path[:2]) == 0
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_samples_do_not_depend_on_how_many_are_made_at_once_nor_on_the_process(face, size):
+    whole = student(face)
+    draw = whole.draw(4, 1, 3)
+    expected = by_sample(draw, whole.path(draw, 2)[-1])
+    assert len(expected) == 8
+    found = {}
+    for rank in (0, 1):
+        part = student(face, rank=rank, num_processes=2, sample_batch_size=size)
+        own = part.draw(4, 1, 3)
+        found |= by_sample(own, part.path(own, 2)[-1])
+    assert found.keys() == expected.keys()
+    assert max(gap(found[key], expected[key]) for key in expected) < 1e-5
+
+
+def test_batches_differ_and_every_call_is_trained_equally_often(face):
+    own = student(face)
+    starts = [own.noises(own.draw(step, number, 3))[0] for step in range(2) for number in range(3)]
+    assert all(gap(a, b) > 1 for i, a in enumerate(starts) for b in starts[:i])
+    calls = torch.tensor([own.choice(own.draw(step, 0, 3)) for step in range(300)])
+    assert torch.bincount(calls, minlength=3).min() > 70
+    other = student(face, rank=1, num_processes=2)
+    assert calls[:20].tolist() == [other.choice(other.draw(step, 0, 3)) for step in range(20)]
+
+
+@pytest.mark.parametrize("times", ["independent", "stratified", "shared", "shared_stratified"])
+def test_times_of_comparison_are_even_where_they_say_and_the_same_on_two_processes(face, times):
+    config = GNDMConfig(times=times, min_time=0.25, max_time=0.75, num_renoise=2)
+    whole = student(face)
+    call = whole.call(STUDENT, whole.draw(0, 0, 3))
+    t = whole.matching_times(call, config)
+    assert t.shape == (2, 8)
+    assert ((t >= 0.25) & (t < 0.75)).all()
+    assert gap(t[0], t[1]) > 0
+    siblings = t[0].unflatten(0, (4, 2))
+    assert bool((siblings[:, 0] == siblings[:, 1]).all()) == times.startswith("shared")
+    if times.endswith("stratified"):
+        distinct = siblings[:, 0] if times.startswith("shared") else t[0]
+        strata = ((distinct - 0.25) / 0.5 * len(distinct)).long()
+        assert sorted(strata.tolist()) == list(range(len(distinct)))
+    found = {}
+    for rank in (0, 1):
+        part = student(face, rank=rank, num_processes=2)
+        own = part.call(STUDENT, part.draw(0, 0, 3))
+        found |= by_sample(own.draw, part.matching_times(own, config)[0].tolist())
+    assert found == by_sample(call.draw, t[0].tolist())
+
+
+def test_the_fake_learns_at_all_times_evenly_or_by_a_logit_normal():
+    levels = (torch.arange(1000) + 0.5) / 1000
+    assert torch.equal(fake_time(GNDMConfig(), levels), levels)
+    t = fake_time(GNDMConfig(fake_times="logit_normal"), levels)
+    assert t.median().item() == pytest.approx(0.5, abs=1e-3)
+    assert torch.logit(t).std().item() == pytest.approx(1, abs=0.02)
+
+
+# Gradients
+
+
+def gradients(losses, face):
+    """{role: gradient}, of all terms together."""
+    total = {}
+    for loss in losses:
+        parameters = list(face.roles.parameters(loss.network).values())
+        parts = torch.autograd.grad(loss.value, parameters, allow_unused=True)
+        own = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, parts, strict=True)])
+        total[loss.network] = total.get(loss.network, 0) + own
+    return total
+
+
+def methods(own, **config):
+    return GNDM(GNDMConfig(**config), own.pipeline, own)
+
+
+@pytest.mark.parametrize("normaliser", ["sample", "group_mean", "group_whiten", "none"])
+@pytest.mark.parametrize("network", [STUDENT, FAKE])
+def test_the_size_of_a_micro_batch_changes_no_gradient(face, network, normaliser):
+    expected = None
+    for size in (8, 4, 1):  # all at once; whole groups; groups in parts
+        own = student(face, batch_size=size)
+        method = methods(own, normaliser=normaliser)
+        found = gradients(method.losses(own.call(network, own.draw(0, 0, 3))), face)
+        assert set(found) == {network}
+        if expected is None:
+            expected = found[network]
+            assert expected.abs().max() > 1e-6
+        assert gap(found[network], expected) < 2e-5 * expected.abs().max()
+
+
+def test_the_push_is_dmds_gradient_at_the_trained_call(face):
+    own = student(face)
+    call = own.call(STUDENT, own.draw(0, 0, 3))
+    config = DMD2Config(real_guidance_scale=3.0)
+    found = gradients(DMD2(config, face, own).losses(call), face)[STUDENT]
+    x = face.predict(call.path[call.k], call.t, call.draw.conditions(), STUDENT).x0
+    r, n, _ = own.direction(x.detach(), call, config)
+    (-(r / n[:, None, None, None] * x).sum() / x.numel()).backward(inputs=list(face.roles.parameters(STUDENT).values()))
+    expected = torch.cat([p.grad.flatten() for p in face.roles.parameters(STUDENT).values()])
+    for parameter in face.roles.parameters(STUDENT).values():
+        parameter.grad = None
+    assert gap(found, expected) < 1e-4 * expected.abs().max()
+
+
+def test_the_teacher_is_guided_and_the_fake_is_not(face):
+    own = student(face)
+    call = own.call(STUDENT, own.draw(0, 0, 3))
+    x = own.x0(call).detach()
+    plain, guided = (own.direction(x, call, GNDMConfig(real_guidance_scale=w)) for w in (1.0, 3.0))
+    assert gap(plain[0], guided[0]) > 1e-3
+    own_fake = {name: p.detach().clone() for name, p in face.roles.parameters(FAKE).items()}
+    with torch.no_grad():
+        for parameter in face.roles.parameters(FAKE).values():
+            parameter.zero_()
+    same = own.direction(x, call, GNDMConfig(real_guidance_scale=1.0))  # a fake that is the teacher sees no difference
+    with torch.no_grad():
+        for name, parameter in face.roles.parameters(FAKE).items():
+            parameter.copy_(own_fake[name])
+    assert gap(same[0], torch.zeros_like(same[0])) < 1e-5
+
+
+def test_checkpointing_changes_neither_networks_gradient(tiny_folder):
+    found = {}
+    for checkpointing in (False, True):
+        face = load(str(tiny_folder), lora=LORA, trained=(STUDENT, FAKE))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for role in (STUDENT, FAKE):
+                for parameter in face.roles.parameters(role).values():
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        if checkpointing:
+            face.roles.enable_gradient_checkpointing()
+            face.roles.network.train()
+        own = student(face)
+        method = methods(own)
+        found[checkpointing] = {
+            role: gradients(method.losses(own.call(role, own.draw(0, 0, 3))), face)[role] for role in (STUDENT, FAKE)
+        }
+    for role in (STUDENT, FAKE):
+        assert found[False][role].abs().max() > 1e-6
+        assert gap(found[True][role], found[False][role]) < 1e-6 * found[False][role].abs().max() + 1e-9
+
+
+# Updates
+
+
+def counting(method):
+    """The networks of the batches of two steps."""
+    return [[call.network for call in method.collect(step)] for step in (0, 1)]
+
+
+def test_a_step_is_the_fakes_updates_and_then_the_students_one(face):
+    own = student(face)
+    assert counting(DMD2(DMD2Config(fake_updates=2, fake_warmup=1), face, own)) == [
+        [FAKE, FAKE, FAKE, STUDENT],
+        [FAKE, FAKE, STUDENT],
+    ]
+    assert counting(methods(own, fake_updates=1, fake_warmup=2, reuse=2)) == [
+        [FAKE, FAKE, FAKE, STUDENT, FAKE, STUDENT],
+        [FAKE, STUDENT, FAKE, STUDENT],
+    ]
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_student_and_fake_move_and_the_teacher_does_not(tiny_folder, lora):
+    face = load(str(tiny_folder), lora=lora, trained=(STUDENT, FAKE), frozen=("average",))
+    own = student(face)
+    draw = own.draw(9, 0, 3)
+    x, t = own.noises(draw)[0], torch.tensor(0.5)
+    roles = ("ref", STUDENT, FAKE, "average")
+    with torch.no_grad():
+        before = {role: face.predict(x, t, draw.conditions(), role).value for role in roles}
+    assert all(torch.equal(before[role], before["ref"]) for role in roles)
+    method = DMD2(DMD2Config(fake_updates=1, ema_decay=0.5), face, own)
+    records = list(Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-2), 2).run())
+    with torch.no_grad():
+        after = {role: face.predict(x, t, draw.conditions(), role).value for role in roles}
+    assert torch.equal(after["ref"], before["ref"])
+    moved = {role: gap(after[role], before[role]) for role in roles}
+    assert min(moved[STUDENT], moved[FAKE]) > 1e-3
+    assert 0 < moved["average"] < moved[STUDENT]
+    assert {"loss/default", "loss/fake", "direction", "misfit"} <= set(records[0].metrics)
+
+
+def test_gndm_with_groups_of_one_is_dmd2_to_the_bit(tiny_folder):
+    shared = {"fake_updates": 2, "real_guidance_scale": 2.0, "times": "stratified"}
+    weights = []
+    for method, config in ((DMD2, DMD2Config(**shared)), (GNDM, GNDMConfig(**shared))):
+        face = load(str(tiny_folder), lora=LORA, trained=(STUDENT, FAKE))
+        own = student(face, group_size=1)
+        for _ in Learner(method(config, face, own), Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-2), 2).run():
+            pass
+        weights.append([p.detach().clone() for role in (STUDENT, FAKE) for p in face.roles.parameters(role).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_reused_rollouts_weigh_what_todays_student_would_rarely_do(face):
+    # The weights are one on the first use and at the first call, and have mean one among siblings.
+    own = student(face, group_size=4)
+    method = methods(own, reuse=2)
+    draw = own.draw(0, 0, 3)
+    path = own.path(draw, 3)
+    call = replace(own.call(STUDENT, draw), k=2, t=own.times()[2], path=path)
+    assert torch.equal(method._importance(call, draw.group), torch.ones(16))
+    assert torch.equal(method._importance(replace(call, k=0, reused=True), draw.group), torch.ones(16))
+    with torch.no_grad():
+        unmoved = method._importance(replace(call, reused=True), draw.group)
+        assert gap(unmoved, torch.ones(16)) < 1e-3
+        for parameter in face.roles.parameters(STUDENT).values():
+            parameter += 0.05
+        weights = method._importance(replace(call, reused=True), draw.group)
+        for parameter in face.roles.parameters(STUDENT).values():
+            parameter -= 0.05
+    assert gap(weights, torch.ones(16)) > 0.01
+    assert weights.unflatten(0, (4, 4)).mean(1).tolist() == pytest.approx([1] * 4)
+
+
