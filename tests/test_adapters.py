@@ -73,3 +73,9 @@ def test_a_file_of_other_tensors_is_no_adapter(tiny_folder, tmp_path):
     folder = adapter(tmp_path, {"weight": (3, 3)})
     with pytest.raises(UserError, match="belongs to another model"):
         loading.check_adapters([folder], str(tiny_folder))
+
+
+def test_an_adapter_given_twice_would_count_twice_and_is_refused(tiny_folder, tmp_path):
+    folder = adapter(tmp_path, {f"{TO_Q}.lora_A.weight": (4, 32), f"{TO_Q}.lora_B.weight": (32, 4)})
+    with pytest.raises(UserError, match="was given twice"):
+        loading.check_adapters([folder, folder], str(tiny_folder))

@@ -19,6 +19,7 @@ ROWS = [  # top row first; a row imports only from rows above it, or from itself
     {"pipelines", "worlds"},
     {"rewards"},
     {"rollout", "forward", "captioned", "grid"},
+    {"student"},
     {"methods"},
     {"learner", "checkpoint", "log"},
     {"metrics"},

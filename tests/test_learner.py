@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from trimtab.errors import UserError
 from trimtab.learner import Learner, _buckets
 from trimtab.method import Loss
 from trimtab.optimizer import OptimizerConfig, lr_factor
@@ -168,6 +169,19 @@ def test_the_optimizers_use_that_learning_rate():
 
 
 # The record and the state
+
+
+def test_a_network_may_have_a_learning_rate_of_its_own():
+    def apart(networks, batch):
+        for name in ("a", "b"):
+            yield Loss(name, networks[name](batch).square().mean())
+
+    trainer = learner(apart, num_steps=1, learning_rates={"b": 0.03})
+    (record,) = trainer.run()
+    assert (record.metrics["lr/a"], record.metrics["lr/b"]) == (0.01, 0.03)
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers.values()] == [0.01, 0.03]
+    with pytest.raises(UserError, match="learning_rates names 'c'; the networks that learn are a, b"):
+        learner(apart, learning_rates={"c": 0.1})
 
 
 def test_a_record_averages_metrics_over_the_terms_and_counts_updates():

@@ -95,7 +95,10 @@ def gaussian_denoiser(mean, std):
 
 def student_gradient(a=A, b=B, normaliser="none", group=None):
     """Gradient of the push with respect to the student's a and b, averaged exactly over z and eps."""
-    a, b = torch.tensor(a, dtype=torch.float64, requires_grad=True), torch.tensor(b, dtype=torch.float64, requires_grad=True)
+    a, b = (
+        torch.tensor(a, dtype=torch.float64, requires_grad=True),
+        torch.tensor(b, dtype=torch.float64, requires_grad=True),
+    )
     x = (a + b * SIGNS[:, 0])[:, None]
     y = (1 - T) * x.detach() + T * SIGNS[:, 1:]
     real, fake = gaussian_denoiser(MU, S)(y, T), gaussian_denoiser(a.item(), b.item())(y, T)
@@ -157,7 +160,7 @@ def test_push_of_parts_adds_up():
 
 def test_groups_of_one_are_dmd_to_the_bit():
     for dtype in (torch.float32, torch.float64):
-        x, r, n, _ = samples(dtype=dtype)
+        _, r, n, _ = samples(dtype=dtype)
         alone = torch.arange(12)
         assert torch.equal(normalised_direction(r, n, alone, "group_mean"), normalised_direction(r, n, alone, "sample"))
         assert torch.equal(normalised_direction(r, n, alone, "sample"), r / n[:, None, None])
@@ -228,7 +231,7 @@ def test_a_larger_group_turns_the_update_towards_the_exact_gradient():
 def settled(strength, normaliser, size, num_groups, steps=100):
     """Where a in x = a + .7 z comes to rest under the teacher N(0, .7^2) and a linear reward of that strength.
 
-    One t a group, the groups' evenly spread; z and eps are drawn once and used again, and each group has a mirror image,
+    One t a group, the groups' evenly spread; z and eps are drawn once and reused, and each group has a mirror image,
     so that what remains is the statistic's own.
     """
     generator = torch.Generator().manual_seed(0)

@@ -617,3 +617,26 @@ def test_a_network_that_carries_adapters_is_refused():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         LoraSettings(**wrong)
+
+
+# --- scaled ---
+
+
+@torch.no_grad()
+def test_a_scaled_lora_counts_that_many_times_and_only_inside():
+    # One layer, so that what it says is linear in its LoRA.
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(3, 5)), torch.randn(4, 3)
+    roles = Roles(network, lora=LoraSettings(rank=2, lora_alpha=2, target_modules=("0",)))
+    shake(roles, "default")
+    bare, whole = roles(REFERENCE, x), roles("default", x)
+    for factor in (0.0, 0.375, 2.0):
+        with roles.scaled("default", factor):
+            assert (roles("default", x) - (bare + factor * (whole - bare))).abs().max() < 1e-6
+    assert torch.equal(roles("default", x), whole)
+    assert (whole - bare).abs().max() > 1e-3
+    with (
+        pytest.raises(ValueError, match="only a LoRA can be scaled"),
+        Roles(toy(), lora=None).scaled("default", 0.5),
+    ):
+        pass

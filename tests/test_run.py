@@ -44,8 +44,16 @@ METHODS = {
     "agsm": CAPTIONED,
     "dmd2": {"method": {"name": "dmd2", "fake_updates": 2}, "rewards": {}},
     "gndm": {
-        "method": {"name": "gndm", "fake_updates": 1, "fake_warmup": 1, "reuse": 2, "ema_decay": 0.5, "reward_start": 2,
-                   "calibration": 1, "normaliser": "binned"}
+        "method": {
+            "name": "gndm",
+            "fake_updates": 1,
+            "fake_warmup": 1,
+            "reuse": 2,
+            "ema_decay": 0.5,
+            "reward_start": 2,
+            "calibration": 1,
+            "normaliser": "binned",
+        }
     },
     "softrepa": CAPTIONED | {"method": CAPTIONED["method"] | {"name": "softrepa"}},
 }

@@ -270,3 +270,27 @@ def test_gradient_checkpointing_does_not_change_the_gradient(tiny, plain_gradien
 def test_neither_micro_batches_nor_groups_that_do_not_fit_one_change_the_gradient(tiny, plain_gradient, batch_size):
     gradient = crd_gradient(tiny(frozen=("old", "sampler")), batch_size)
     assert gap(gradient, plain_gradient) < 1e-4 * plain_gradient.abs().max()
+
+
+def test_pictures_pass_a_gradient_to_latents_that_want_one_beyond_the_limits_too(tiny):
+    face, latents = tiny(), 3 * noise(2, 8, 8, 8)
+    assert not face.decode(latents).requires_grad
+    expected = face.decode(latents)
+    assert (expected == 0).any()  # so that a limit is in play
+    wanted = latents.clone().requires_grad_()
+    images = face.decode(wanted)
+    assert gap(images.detach(), expected) < 1e-6
+    (gradient,) = torch.autograd.grad(images.sum(), wanted)
+    vae = face.pipe.vae
+    raw = vae.decode(wanted / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5
+    (unlimited,) = torch.autograd.grad(raw.sum(), wanted)
+    assert gap(gradient, unlimited) < 1e-4 * unlimited.abs().max()
+
+
+@torch.no_grad()
+def test_all_copies_of_a_fully_trained_network_count_tokens_alike(tiny_folder, tiny, point):
+    face = tiny(lora=None, frozen=("old",))
+    condition = face.encode(TEXTS)
+    assert condition.weight.max() == 256
+    first, *others = (face.predict(*point, condition, role).value for role in ("default", "old", "ref"))
+    assert all(torch.equal(first, other) for other in others)

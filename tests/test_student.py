@@ -1,4 +1,4 @@
-"""Students: what they are trained on, that every gradient lands where it belongs, and that no way of cutting matters."""
+"""Students: what they are trained on, and that every gradient lands where it belongs, however a batch is cut."""
 
 from dataclasses import replace
 
@@ -130,7 +130,12 @@ def gradients(losses, face):
     for loss in losses:
         parameters = list(face.roles.parameters(loss.network).values())
         parts = torch.autograd.grad(loss.value, parameters, allow_unused=True)
-        own = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, parts, strict=True)])
+        own = torch.cat(
+            [
+                torch.zeros_like(p).flatten() if g is None else g.flatten()
+                for p, g in zip(parameters, parts, strict=True)
+            ]
+        )
         total[loss.network] = total.get(loss.network, 0) + own
     return total
 
@@ -254,7 +259,9 @@ def test_gndm_with_groups_of_one_is_dmd2_to_the_bit(tiny_folder):
     for method, config in ((DMD2, DMD2Config(**shared)), (GNDM, GNDMConfig(**shared))):
         face = load(str(tiny_folder), lora=LORA, trained=(STUDENT, FAKE))
         own = student(face, group_size=1)
-        for _ in Learner(method(config, face, own), Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-2), 2).run():
+        for _ in Learner(
+            method(config, face, own), Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-2), 2
+        ).run():
             pass
         weights.append([p.detach().clone() for role in (STUDENT, FAKE) for p in face.roles.parameters(role).values()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
@@ -279,5 +286,3 @@ def test_reused_rollouts_weigh_what_todays_student_would_rarely_do(face):
             parameter -= 0.05
     assert gap(weights, torch.ones(16)) > 0.01
     assert weights.unflatten(0, (4, 4)).mean(1).tolist() == pytest.approx([1] * 4)
-
-

@@ -93,7 +93,6 @@ class Rollout:
         return [self[torch.isin(self.group, part)] for part in groups.tensor_split(num_parts)]
 
 
-
 def whole_groups(group: Tensor, size: int) -> Iterator[Tensor]:
     """Indices of samples, by their `group` (B,), in packs of at most `size` that break no group; a larger group is its
     own pack."""

@@ -11,8 +11,8 @@ a time t: the reward whose maximum is p_fake = p_real. With y = alpha x + sigma 
     (3)  U = r / n                              DMD2; how else to normalise is `Normaliser`
     (4)  L = mean (x - stopgrad(x + U))^2 / 2   whose gradient is -U / (B D): descent moves x along U
 
-Subtracting the siblings' mean of the vector r is a baseline only in score-function estimators. Here gradient flows along
-the path, and it would take away all that a prompt's samples must learn together; "group_elementwise" shows that.
+Subtracting the siblings' mean of the vector r is a baseline only in score-function estimators. Here gradient flows
+along the path, and it would take away all that a prompt's samples must learn together: see "group_elementwise".
 """
 
 from typing import Literal, get_args

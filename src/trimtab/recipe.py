@@ -11,6 +11,7 @@ from trimtab.methods.agsm import AGSMConfig
 from trimtab.methods.crd import CRDConfig
 from trimtab.methods.diffusion_nft import DiffusionNFTConfig
 from trimtab.methods.dmd2 import DMD2Config
+from trimtab.methods.dmdr import DMDRConfig
 from trimtab.methods.gndm import GNDMConfig
 from trimtab.methods.pretrain import PretrainMicroConfig, PretrainRecognizerConfig, PretrainVAEConfig
 from trimtab.methods.softrepa import SoftREPAConfig
@@ -24,6 +25,7 @@ MethodConfig = Annotated[
     | AGSMConfig
     | SoftREPAConfig
     | DMD2Config
+    | DMDRConfig
     | GNDMConfig
     | PretrainVAEConfig
     | PretrainMicroConfig

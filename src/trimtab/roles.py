@@ -153,6 +153,21 @@ class Roles:
                 for name, weight in own.items():
                     weight.copy_(saved[name])
 
+    @contextmanager
+    def scaled(self, role: str, factor: float) -> Iterator[None]:
+        """In here a role's LoRA counts `factor` times, for predictions without gradient; 0 is the bare network."""
+        if not self._layers:
+            raise ValueError(f"role {role!r} is a whole network, not a LoRA; only a LoRA can be scaled")
+        before = {name: layer.scaling[role] for name, layer in self._layers.items()}
+        try:
+            with torch.no_grad():
+                for name, layer in self._layers.items():
+                    layer.scaling[role] = before[name] * factor
+                yield
+        finally:
+            for name, layer in self._layers.items():
+                layer.scaling[role] = before[name]
+
     def state_dict(self, roles: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
         """{role: {name: tensor}} of these roles, or of all but `ref`. The tensors are the living ones, as in torch."""
         roles = self.names if roles is None else roles

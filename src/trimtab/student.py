@@ -13,7 +13,7 @@ DMD2 and DMDR mean this with fake_updates=5; FastGen means 4.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -144,7 +144,12 @@ class Student:
     def draw(self, step: int, number: int, draws_per_step: int) -> Draw:
         """The samples of the `number`-th batch of a step: this process' share of its prompts, `group_size` of each."""
         prompts = share(
-            self.prompts, self.config.num_prompts, step * draws_per_step + number, self.seed, self.rank, self.num_processes
+            self.prompts,
+            self.config.num_prompts,
+            step * draws_per_step + number,
+            self.seed,
+            self.rank,
+            self.num_processes,
         )
         group = torch.arange(len(prompts)).repeat_interleave(self.config.group_size)
         sibling = torch.arange(self.config.group_size).repeat(len(prompts))
@@ -184,6 +189,13 @@ class Student:
         """What the student makes of a batch (B, C, h, w), with gradient to its weights."""
         return self.pipeline.predict(call.path[call.k], call.t, call.draw.conditions(), STUDENT).x0
 
+    def updates(self, step: int, config: StudentConfig) -> Iterator[Call]:
+        """The batches of a step: the fake's, then the student's one."""
+        draws = config.fake_updates + 1
+        extra = 0 if step else config.fake_warmup
+        yield from self.fake_calls(step, range(1, draws + extra), draws)
+        yield self.call(STUDENT, self.draw(step, 0, draws))
+
     def fake_calls(self, step: int, numbers: Iterable[int], draws_per_step: int) -> Iterator[Call]:
         """Batches for the fake, of fresh samples each."""
         for number in numbers:
@@ -191,7 +203,7 @@ class Student:
 
     def fake_losses(self, call: Call, times: Callable[[Tensor], Tensor]) -> Iterator[Loss]:
         """The fake learns to denoise the student's samples, at `times` of levels (B,) that are even over (0, 1)."""
-        t = times(self._levels(call.draw, "stratified", noise.FAKE)).to(self.pipeline.device)
+        t = times(self.levels(call.draw, "stratified", 0, noise.FAKE)).to(self.pipeline.device)
         for part in torch.arange(len(call)).split(self.batch_size):
             own = call[part]
             with torch.no_grad():
@@ -223,11 +235,19 @@ class Student:
 
     @torch.no_grad()
     def direction(
-        self, x: Tensor, call: Call, config: StudentConfig, times: Tensor | None = None
+        self,
+        x: Tensor,
+        call: Call,
+        config: StudentConfig,
+        times: Tensor | None = None,
+        real_share: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """r (B, ...), the misfit n (B,) and the times (B,), of samples x; the first two averaged over comparisons.
+        """r (B, ...), the misfit n (B,) and the times (B,), of samples x; all averaged over the comparisons.
 
-        `times` (M, B) in place of the configuration's own draws."""
+        `times` (M, B) in place of the configuration's own draws; with `real_share` the teacher is the base and that
+        much of the fake's LoRA.
+        """
+        teacher, roles = (REFERENCE if real_share is None else FAKE), self.pipeline.roles
         total, sizes = torch.zeros_like(x), []
         times = self.matching_times(call, config) if times is None else times
         for number, t in enumerate(times.to(x.device)):
@@ -236,7 +256,8 @@ class Student:
             real, fake = [], []
             for part in torch.arange(len(x), device=x.device).split(self.batch_size):
                 at = (y[part], t[part], condition[part])
-                real.append(self.pipeline.predict(*at, REFERENCE, config.real_guidance_scale).x0)
+                with nullcontext() if real_share is None else roles.scaled(FAKE, real_share):
+                    real.append(self.pipeline.predict(*at, teacher, config.real_guidance_scale).x0)
                 fake.append(self.pipeline.predict(*at, FAKE).x0)
             real = torch.cat(real)
             total += real - torch.cat(fake)
@@ -245,14 +266,27 @@ class Student:
 
     def matching_times(self, call: Call, config: StudentConfig) -> Tensor:
         """Times (M, B) at which student and teacher are compared."""
-        levels = [self._levels(call.draw, config.times, noise.MATCHING, m) for m in range(config.num_renoise)]
-        return config.min_time + (config.max_time - config.min_time) * torch.stack(levels)
+        levels = torch.stack([self.levels(call.draw, config.times, m) for m in range(config.num_renoise)])
+        return config.min_time + (config.max_time - config.min_time) * levels
 
-    def _levels(self, draw: Draw, mode: TimeMode, *purpose: int) -> Tensor:
+    def reward_gradient(self, reward: Any, x: Tensor, call: Call) -> tuple[Tensor, float]:
+        """The gradient of R(decode(x)) (B, ...), 0 where the reward does not apply, and the mean of R."""
+        found, scores = [], []
+        for part in torch.arange(len(x)).split(self.batch_size):
+            prompts, group = call.draw.prompts, call.draw.group[part]
+            text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
+            with torch.enable_grad():
+                leaf = x[part.to(x.device)].detach().requires_grad_()
+                score = reward.with_gradient(self.pipeline.decode(leaf), text, metadata)
+                found.append(torch.autograd.grad(score.nansum(), leaf)[0])
+            scores.append(score.detach())
+        return torch.cat(found), torch.cat(scores).nanmean().item()
+
+    def levels(self, draw: Draw, mode: TimeMode, comparison: int, purpose: int = noise.MATCHING) -> Tensor:
         """Numbers (B,) in [0, 1): one a sample or one a group, evenly spread over all processes' if stratified."""
         num_prompts = min(self.config.num_prompts, len(self.prompts))
         size = num_prompts if mode.startswith("shared") else num_prompts * self.config.group_size
-        key = (self.seed, draw.step, draw.number, noise.TIMES, *purpose)
+        key = (self.seed, draw.step, draw.number, noise.TIMES, purpose, comparison)
         level = noise.uniform([key], (size,))[0]
         if mode.endswith("stratified"):
             level = (torch.randperm(size, generator=noise.generator(*key, noise.ORDER)) + level) / size
@@ -277,4 +311,3 @@ def fake_time(config: StudentConfig, levels: Tensor) -> Tensor:
     if config.fake_times == "logit_normal":
         return logit_normal(torch.special.ndtri(levels.clamp(1e-6, 1 - 1e-6)))
     return levels
-

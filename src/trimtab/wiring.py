@@ -13,7 +13,7 @@ from trimtab.captioned import Captioned
 from trimtab.errors import UserError
 from trimtab.learner import Learner
 from trimtab.method import Method
-from trimtab.methods import agsm, crd, diffusion_nft, dmd2, gndm, pretrain, softrepa
+from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, gndm, pretrain, softrepa
 from trimtab.pipelines import Pipeline, loading
 from trimtab.recipe import RunConfig
 from trimtab.rewards import BUILT_IN
@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 ONLINE = {"crd": crd.CRD, "diffusion-nft": diffusion_nft.DiffusionNFT}  # prompts and rewards; trains weights
 CAPTIONED = {"agsm": agsm.AGSM, "softrepa": softrepa.SoftREPA}  # pictures with captions; trains soft tokens
-DISTILLATION = {"dmd2": dmd2.DMD2, "gndm": gndm.GNDM}  # prompts, and maybe rewards; trains a student and its fake
+DISTILLATION = {
+    "dmd2": dmd2.DMD2,
+    "dmdr": dmdr.DMDR,
+    "gndm": gndm.GNDM,
+}  # prompts, and maybe rewards; trains a student and its fake
 PRETRAIN = {
     "pretrain-vae": pretrain.PretrainVAE,
     "pretrain-micro": pretrain.PretrainMicro,
@@ -109,7 +113,11 @@ def _online_inputs(config: RunConfig) -> Inputs:
 
 def _distillation_inputs(config: RunConfig) -> Inputs:
     if config.rollout.guidance_scale != 1 or config.rollout.solver_order != 1:
-        raise UserError("a few-step student samples without guidance; leave rollout.guidance_scale and solver_order at 1.")
+        raise UserError(
+            "a few-step student samples without guidance; leave rollout.guidance_scale and solver_order at 1."
+        )
+    if config.method.name == "dmdr" and config.model.finetune_type != "lora":
+        raise UserError("dmdr's teacher and fake share one LoRA; give model.finetune_type=lora.")
     prompts = _prompts(config)
     unseen = load_prompts(config.evaluation.suite or config.data.prompts, "test") if _shows(config) else None
     rewards = _rewards(config, prompts, unseen) if config.rewards else None

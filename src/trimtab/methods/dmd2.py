@@ -67,10 +67,7 @@ class DMD2:
         return {"roles": self.pipeline.roles}
 
     def collect(self, step: int) -> Iterator[Call]:
-        draws = self.config.fake_updates + 1
-        extra = 0 if step else self.config.fake_warmup
-        yield from self.student.fake_calls(step, range(1, draws + extra), draws)
-        yield self.student.call(STUDENT, self.student.draw(step, 0, draws))
+        yield from self.student.updates(step, self.config)
 
     def losses(self, call: Call) -> Iterator[Loss]:
         if call.network == FAKE:

@@ -63,7 +63,9 @@ class GNDMConfig(StudentConfig):
     num_bins: int = Field(10, gt=0)  # of normaliser=binned
     reuse: int = Field(1, gt=0)  # updates of the student on each rollout
     importance_clip: float | None = Field(0.2, gt=0, lt=1)  # None: no weights
-    weighting: Literal["gated", "fixed", "grad_norm"] = "gated"  # grad_norm: sizes matched at every update, for ablation
+    weighting: Literal["gated", "fixed", "grad_norm"] = (
+        "gated"  # grad_norm: sizes matched at every update, for ablation
+    )
     reward_start: int = Field(0, ge=0)  # student updates without rewards: the cold start
     reward_ramp: int = Field(0, ge=0)  # updates over which rewards come in
     calibration: int = Field(20, gt=0)  # updates at the end of the cold start over which sizes are averaged
@@ -159,7 +161,9 @@ class GNDM:
     def check_rewards(config: GNDMConfig, rewards: Composite, num_calls: int) -> None:
         """UserError where rewards could not be weighed, or could not teach."""
         if not config.reward_start:
-            raise UserError("method.reward_start is 0; rewards are weighed by what a cold start shows, give it 20 or more.")
+            raise UserError(
+                "method.reward_start is 0; rewards are weighed by what a cold start shows, give it 20 or more."
+            )
         black = [n for n, (r, w) in rewards.rewards.items() if w and not hasattr(r, "with_gradient")]
         if black and num_calls == 1:
             raise UserError(
@@ -202,7 +206,9 @@ class GNDM:
         self.seen = []
         yield from self.student.push_losses(call, self._update)
         mean = {name: sum(each[name] for each in self.seen) / len(self.seen) for name in self.seen[0]}
-        mean = dict(zip(mean, self.student.everybody(torch.tensor([list(mean.values())])).mean(0).tolist(), strict=True))
+        mean = dict(
+            zip(mean, self.student.everybody(torch.tensor([list(mean.values())])).mean(0).tolist(), strict=True)
+        )
         self.balance.observe(mean, mean.pop("misfit"))
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -251,7 +257,7 @@ class GNDM:
         seen = {"misfit": relative.item(), "": _rms(move)}
         push = over(self._importance(call, group), move) * move
         for name, (_, weight) in self.smooth.items() if self.balance.calibrates or self.balance.rewards_count else ():
-            gradient = self._reward_gradient(name, x, call)
+            gradient, self.log[f"rewards/{name}/mean"] = self.student.reward_gradient(self.smooth[name][0], x, call)
             seen[name] = _rms(gradient)
             if self.balance.rewards_count:
                 push = push + weight * self.balance.share() * self._scaled(name, gradient, seen)
@@ -277,21 +283,6 @@ class GNDM:
         log_rho, now = log_ratio(x, call.path[call.k + 1], z, t_next, self.pipeline.process)
         ratio = log_rho.exp() if call.reused else torch.ones_like(log_rho)  # exactly 1 at first
         return score_direction(call.advantage.to(x), ratio, self.config.ratio_clip, now)
-
-    def _reward_gradient(self, name: str, x: Tensor, call: Call) -> Tensor:
-        """grad_x R(decode(x)) (B, ...), 0 where the reward does not apply."""
-        reward, found = self.smooth[name][0], []
-        for part in torch.arange(len(x)).split(self.student.batch_size):
-            prompts, group = call.draw.prompts, call.draw.group[part]
-            with torch.enable_grad():
-                leaf = x[part.to(x.device)].detach().requires_grad_()
-                images = self.pipeline.decode(leaf)
-                score = reward.with_gradient(
-                    images, [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
-                )
-                found.append(torch.autograd.grad(score.nansum(), leaf)[0])
-        self.log[f"rewards/{name}/mean"] = score.nanmean().item()
-        return torch.cat(found)
 
     def _scaled(self, name: str, gradient: Tensor, seen: dict[str, float]) -> Tensor:
         """kappa grad: as large as A on average, and for no sample more than three times that."""

@@ -128,9 +128,9 @@ class RecognizerScore:
         scores = images.new_full((len(images),), torch.nan)
         if not known:
             return scores
-        return scores.index_put((torch.tensor(known),), self._on(images.device).score(
-            images[known], [metadata[i] for i in known]
-        ))
+        return scores.index_put(
+            (torch.tensor(known),), self._on(images.device).score(images[known], [metadata[i] for i in known])
+        )
 
     @staticmethod
     def _on(device: torch.device) -> Recognizer:

@@ -1,0 +1,241 @@
+"""GNDM's own mathematics: importance ratios, the score function, and how rewards are weighed beside the teacher."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from trimtab.batch import Prompts
+from trimtab.errors import UserError
+from trimtab.learner import Learner
+from trimtab.methods.gndm import (
+    GNDM,
+    Balance,
+    GNDMConfig,
+    importance_weights,
+    log_ratio,
+    score_direction,
+)
+from trimtab.optimizer import OptimizerConfig
+from trimtab.pipelines.loading import load
+from trimtab.process import RectifiedFlow, VariancePreserving
+from trimtab.rewards.composite import Composite
+from trimtab.roles import LoraSettings
+from trimtab.rollout import RolloutConfig
+from trimtab.student import FAKE, STUDENT, Student
+
+FLOW = RectifiedFlow()
+NAN = float("nan")
+
+
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+# Importance ratios
+
+
+@pytest.mark.parametrize("process", [FLOW, VariancePreserving()], ids=["flow", "table"])
+def test_the_ratio_is_that_of_two_gaussians(process):
+    torch.manual_seed(0)
+    old, new, z = torch.randn(3, 4, 6, dtype=torch.float64)
+    t = torch.tensor(0.5, dtype=torch.float64)
+    x_next = process.noised(old, z, t)
+    log_rho, now = log_ratio(new, x_next, z, t, process)
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    density = [torch.distributions.Normal(alpha * x0, sigma).log_prob(x_next).mean(1) for x0 in (new, old)]
+    assert gap(log_rho, density[0] - density[1]) < 1e-12
+    assert gap(alpha * new + sigma * now, x_next) < 1e-12
+    assert log_ratio(old, x_next, z, t, process)[0].abs().max() < 1e-12
+
+
+def test_after_a_small_step_the_mean_log_ratio_is_minus_a_divergence_and_falls_with_its_square():
+    torch.manual_seed(0)
+    old, z = torch.randn(2, 100_000, 1, dtype=torch.float64)
+    t = torch.tensor(0.5, dtype=torch.float64)
+    z = torch.cat([z, -z])  # so that what is linear in z cancels exactly
+    old = torch.cat([old, old])
+    x_next = FLOW.noised(old, z, t)
+    for step in (0.1, 0.05):
+        mean = log_ratio(old + step, x_next, z, t, FLOW)[0].mean().item()
+        assert mean == pytest.approx(-(step**2) / 2, rel=1e-9)  # alpha / sigma is 1 here
+
+
+def test_weights_are_clipped_and_have_mean_one_among_siblings():
+    group = torch.tensor([0, 0, 1, 1])
+    weights = importance_weights(torch.tensor([0.0, 9.0, -9.0, NAN]), group, 0.2)
+    assert weights.tolist() == pytest.approx([1 / 1.1, 1.2 / 1.1, 0.8 / 0.9, 1 / 0.9])
+    assert importance_weights(torch.zeros(4), group, 0.2).tolist() == [1, 1, 1, 1]
+
+
+# The score function
+
+
+def test_the_score_direction_is_the_gradient_of_the_expected_reward():
+    # Two calls in one dimension: x' = alpha' x + sigma' z, then x'' = .8 x' and reward -(x'' - 1)^2. Its expectation
+    # has gradient -2 (.8 alpha' x - 1) .8 alpha' with respect to the first call's x.
+    torch.manual_seed(0)
+    num, x, t = 100_000, 0.3, torch.tensor(0.6)
+    alpha, sigma = FLOW.alpha(t).item(), FLOW.sigma(t).item()
+    z = torch.randn(num, 1)
+    reward = -((0.8 * (alpha * x + sigma * z[:, 0])) - 1).square()
+    found = alpha / sigma * score_direction(reward - reward.mean(), torch.ones(num), 1e-4, z)[:, 0]
+    expected = -2 * (0.8 * alpha * x - 1) * 0.8 * alpha
+    error = found.std().item() / math.sqrt(num)
+    assert error < 0.01
+    assert found.mean().item() == pytest.approx(expected, abs=4 * error)
+    assert expected > 0.1
+
+
+def test_a_sample_that_has_moved_enough_in_its_favour_is_left_alone():
+    z = torch.ones(6, 2)
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, NAN])
+    ratio = torch.tensor([1.2, 0.8, 1.2, 0.8, 1.05, 1.0])
+    found = score_direction(advantage, ratio, 0.1, z)[:, 0]
+    assert found.tolist() == pytest.approx([0, 0.8, -1.2, 0, 1.05, 0])
+
+
+# The balance
+
+
+def observed(balance, *misfits, size=2.0, **gradients):
+    for misfit in misfits:
+        balance.observe({"": size} | gradients, misfit)
+
+
+def test_sizes_are_averaged_over_the_end_of_the_cold_start_and_then_frozen():
+    balance = Balance(GNDMConfig(reward_start=4, calibration=2))
+    observed(balance, 1.0, 1.0, size=100.0)  # too early to count
+    assert balance.calibrates
+    observed(balance, 1.0, size=1.0, mine=10.0)
+    observed(balance, 1.0, size=3.0, mine=30.0)
+    assert not balance.calibrates
+    assert balance.rewards_count
+    observed(balance, 1.0, size=50.0, mine=50.0)
+    assert (balance.size(), balance.size("mine")) == (2, 20)
+
+
+def test_a_ramp_brings_rewards_in():
+    balance = Balance(GNDMConfig(reward_start=1, calibration=1, reward_ramp=4, weighting="fixed"))
+    shares = []
+    for _ in range(6):
+        observed(balance, 1.0)
+        shares.append(balance.share())
+    assert shares == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_the_gate_closes_while_the_student_is_further_from_the_teacher_than_allowed_and_opens_after():
+    balance = Balance(GNDMConfig(reward_start=1, calibration=1, gate_slack=0.1, gate_rate=0.01))
+    observed(balance, 1.0)
+    assert balance.limit == pytest.approx(1.1)
+    observed(balance, *[2.0] * 50)
+    assert balance.gate < 0.7
+    closed = balance.gate
+    observed(balance, *[0.5] * 100)
+    assert balance.gate > closed
+    assert Balance(GNDMConfig()).gate == 1
+
+
+def test_the_gate_settles_where_the_misfit_is_the_one_asked_for():
+    # A stand-in student whose misfit grows with the reward's weight: 1 + .5 gate, so that 1.1 is reached at gate .2.
+    balance = Balance(GNDMConfig(reward_start=1, calibration=1, gate_slack=0.1, gate_rate=0.01))
+    observed(balance, 1.0)
+    for _ in range(600):
+        observed(balance, 1 + 0.5 * balance.gate)
+    assert balance.gate == pytest.approx(0.2, rel=0.15)
+
+
+def test_a_balance_goes_on_where_it_was():
+    config = GNDMConfig(reward_start=2, calibration=1)
+    straight = Balance(config)
+    observed(straight, 1.0, 1.2, 1.5, 0.9)
+    first, second = Balance(config), Balance(config)
+    observed(first, 1.0, 1.2)
+    second.load_state_dict(first.state_dict())
+    observed(second, 1.5, 0.9)
+    assert second.state_dict() == straight.state_dict()
+
+
+# Rewards in the loop
+
+
+TEXTS = ("a photo of a red circle", "a photo of two stars", "a blue ring", "a cross")
+PROMPTS = Prompts(TEXTS, tuple({} for _ in TEXTS), tuple(range(4)))
+
+
+class Brightness:
+    """Mean brightness, with a gradient if asked for one."""
+
+    def __call__(self, images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+
+class Smooth(Brightness):
+    def with_gradient(self, images, prompts, metadata):
+        return self(images, prompts, metadata)
+
+
+def built(folder, reward, sign=1.0, **config):
+    face = load(str(folder), lora=LoraSettings(rank=4, lora_alpha=16), trained=(STUDENT, FAKE))
+    rollout = RolloutConfig(num_prompts=4, group_size=8, num_inference_steps=2, sample_batch_size=32)
+    student = Student(face, PROMPTS, rollout, face.resolution, 32, seed=3)
+    settings = {"fake_updates": 1, "real_guidance_scale": 1.0, "reward_start": 1, "calibration": 1} | config
+    return face, student, GNDM(GNDMConfig(**settings), face, student, Composite({"light": (reward, sign)}))
+
+
+def brightness(face, student):
+    draw = student.draw(99, 0, 2)
+    with torch.no_grad():
+        return face.decode(student.path(draw, 2)[-1]).mean().item()
+
+
+@pytest.mark.parametrize("reward", [Smooth(), Brightness()], ids=["gradient", "black-box"])
+def test_a_reward_moves_the_student_its_way_and_its_negative_the_other(tiny_folder, reward):
+    change = {}
+    for sign in (5.0, -5.0):
+        face, student, method = built(tiny_folder, reward, sign, weighting="fixed", real_guidance_scale=4.0)
+        before = brightness(face, student)
+        for _ in Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-2), 6).run():
+            pass
+        change[sign] = brightness(face, student) - before
+    print(change)
+    assert change[5.0] > 0.002
+    assert change[-5.0] < -0.002
+
+
+def test_before_the_cold_start_ends_rewards_change_nothing(tiny_folder):
+    weights = []
+    for reward in (None, Smooth(), Brightness()):
+        face, _, method = built(tiny_folder, reward or Smooth(), reward_start=3, calibration=2)
+        method = method if reward else replace(method, rewards=None)
+        for _ in Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-2), 3).run():
+            pass
+        weights.append(torch.cat([p.detach().flatten() for p in face.roles.parameters(STUDENT).values()]))
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+def test_advantages_are_centred_in_groups_scaled_over_all_and_limited(tiny_folder):
+    scores = torch.zeros(32)
+    scores[:8] = torch.arange(8.0)
+    scores[8:16] = 100.0
+    scores[16] = NAN
+    _, student, method = built(tiny_folder, lambda images, prompts, metadata: scores, 2.0, max_advantage=2.0)
+    draw = student.draw(0, 0, 2)
+    found = method._advantage(draw, student.path(draw, 2)[-1])
+    centred = torch.arange(8.0) - 3.5
+    spread = (centred.square().sum() / 32).sqrt()
+    assert gap(found[:8], 2 * (centred / spread).clamp(-2, 2)) < 1e-3
+    assert found[8:16].tolist() == [0] * 8
+    assert found[16].isnan()
+    assert found[17:].isfinite().all()
+
+
+def test_what_a_reward_needs_is_said_before_anything_loads():
+    with pytest.raises(UserError, match="reward_start is 0"):
+        GNDM.check_rewards(GNDMConfig(), Composite({"light": (Smooth(), 1.0)}), 4)
+    with pytest.raises(UserError, match="'light' has no gradient, and a student of one call"):
+        GNDM.check_rewards(GNDMConfig(reward_start=1), Composite({"light": (Brightness(), 1.0)}), 1)
+    GNDM.check_rewards(GNDMConfig(reward_start=1), Composite({"light": (Smooth(), 1.0)}), 1)
