@@ -26,7 +26,7 @@ from trimtab.matching import Normaliser, fake_score_loss, misfit, push_loss
 from trimtab.method import Loss
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
-from trimtab.process import logit_normal
+from trimtab.process import NUM_TIMESTEPS, logit_normal
 from trimtab.roles import REFERENCE
 from trimtab.rollout import RolloutConfig, share
 from trimtab.solvers import few_step
@@ -309,5 +309,5 @@ class Student:
 def fake_time(config: StudentConfig, levels: Tensor) -> Tensor:
     """The times at which the fake learns, over the whole range, from even levels (B,)."""
     if config.fake_times == "logit_normal":
-        return logit_normal(torch.special.ndtri(levels.clamp(1e-6, 1 - 1e-6)))
-    return levels
+        levels = logit_normal(torch.special.ndtri(levels.clamp(1e-6, 1 - 1e-6)))
+    return levels.clamp_min(1 / NUM_TIMESTEPS)  # a table's first row; below it lies clean data

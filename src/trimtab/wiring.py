@@ -121,9 +121,12 @@ def _distillation_inputs(config: RunConfig) -> Inputs:
     prompts = _prompts(config)
     unseen = load_prompts(config.evaluation.suite or config.data.prompts, "test") if _shows(config) else None
     rewards = _rewards(config, prompts, unseen) if config.rewards else None
+    pictures = None
+    if getattr(config.method, "wants_pictures", False):
+        pictures = load_pictures(config.data.pictures, config.data.on_error)
     if rewards is not None:
         DISTILLATION[config.method.name].check_rewards(config.method, rewards, config.rollout.num_inference_steps)
-    return Inputs(prompts=prompts, rewards=rewards, unseen=unseen)
+    return Inputs(prompts=prompts, rewards=rewards, pictures=pictures, unseen=unseen)
 
 
 def _prompts(config: RunConfig) -> Prompts:
@@ -177,7 +180,8 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
     elif name in DISTILLATION:
         pipeline = _with_weights(config, accelerator, inputs)
         student = _student(config, accelerator, inputs, pipeline)
-        method = DISTILLATION[name](config.method, pipeline, student, inputs.rewards)
+        shown = [_captioned(config, folder, accelerator, inputs, pipeline)] if inputs.pictures is not None else []
+        method = DISTILLATION[name](config.method, pipeline, student, inputs.rewards, *shown)
     else:
         pipeline = _with_weights(config, accelerator, inputs)
         rollouts = _rollouts(config, accelerator, inputs, pipeline)

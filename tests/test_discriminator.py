@@ -1,0 +1,136 @@
+"""The GAN of DMD2: features from the middle of three families, the head, and what it pushes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from trimtab.batch import Captions, Prompts
+from trimtab.errors import UserError
+from trimtab.learner import Learner
+from trimtab.methods.dmd2 import DMD2, DMD2Config, judge_loss
+from trimtab.optimizer import OptimizerConfig
+from trimtab.pipelines.discriminator import Head, listening
+from trimtab.pipelines.loading import load
+from trimtab.roles import LoraSettings
+from trimtab.rollout import RolloutConfig
+from trimtab.student import FAKE, STUDENT, Student
+
+TEXTS = ("a photo of a red circle", "a photo of two stars")
+PROMPTS = Prompts(TEXTS, tuple({} for _ in TEXTS), (0, 1))
+
+
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+@dataclass
+class Pictures:
+    """Two real pictures, whose latents are all one number; counts what it was asked for."""
+
+    face: object
+    level: float = 2.0
+
+    def __post_init__(self):
+        self.steps = []
+
+    def collect(self, step):
+        self.steps.append(step)
+        shape = self.face.latent_shape(self.face.resolution)
+        return Captions(torch.full((2, *shape), self.level), self.face.encode(TEXTS), TEXTS, (0, 1), 0, step)
+
+    def state_dict(self):
+        return {}
+
+
+def built(folder, lora=LoraSettings(rank=4, lora_alpha=16), **config):  # noqa: B008
+    face = load(str(folder), lora=lora, trained=(STUDENT, FAKE))
+    rollout = RolloutConfig(num_prompts=2, group_size=2, num_inference_steps=2, sample_batch_size=4)
+    student = Student(face, PROMPTS, rollout, face.resolution, 4, seed=3)
+    pictures = Pictures(face)
+    settings = {"fake_updates": 2, "real_guidance_scale": 1.0, "gan_weight": 1.0, "gan_fake_weight": 1.0} | config
+    return face, student, DMD2(DMD2Config(**settings), face, student, None, pictures)
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "side"), [("tiny_folder", 32, 4), ("tiny_sd_folder", 32, 4), ("tiny_sdxl_folder", 32, 4)]
+)
+def test_the_middle_of_each_family_is_a_picture_of_features(request, family, channels, side):
+    face = load(str(request.getfixturevalue(family)), lora=None)
+    x_t = torch.randn(2, *face.latent_shape(face.resolution))
+    with torch.no_grad(), listening(face.roles.network) as found:
+        face.predict(x_t, torch.tensor(0.5), face.encode(TEXTS), "default")
+    (features,) = found
+    assert features.shape[0] == 2
+    assert features.shape[2] == features.shape[3]
+    assert gap(features[0], features[1]) > 1e-3
+    assert (features.shape[1], features.shape[2]) == (channels, side)
+    face.predict(x_t, torch.tensor(0.5), face.encode(TEXTS), "default")
+    assert len(found) == 1  # nobody listens any more
+
+
+def test_pixels_of_an_mmdit_lie_where_they_are_seen(tiny_folder):
+    # One patch of the input changes; before attention spreads it, so would only its place.
+    face = load(str(tiny_folder), lora=None)
+    block = face.roles.network.transformer_blocks[0]
+    tokens = torch.arange(16.0).reshape(1, 16, 1).expand(1, 16, 32)
+    with listening(face.roles.network) as found:
+        for hook in block._forward_hooks.values():
+            hook(block, (), (torch.zeros(1, 3, 32), tokens))
+    assert found[0][0, 0].tolist() == torch.arange(16.0).reshape(4, 4).tolist()
+
+
+def test_a_network_without_a_known_middle_is_refused():
+    with pytest.raises(UserError, match="a Linear has no middle"), listening(nn.Linear(1, 1)):
+        pass
+
+
+@pytest.mark.parametrize(("side", "layers"), [(8, 2), (32, 4), (4, 1), (1, 1)])
+def test_the_head_halves_until_four_and_then_sees_all(side, layers):
+    head = Head(64, side, seed=0)
+    convolutions = [layer for layer in head.layers if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == layers + 1
+    assert head(torch.randn(3, 64, side, side)).shape == (3,)
+    again = Head(64, side, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
+
+
+def test_the_judges_loss_by_hand():
+    # softplus(0) = log 2; softplus(-0) = log 2
+    assert judge_loss(torch.zeros(3), torch.zeros(2)).item() == pytest.approx(2 * 0.693147, abs=1e-5)
+    made, real = torch.tensor([-20.0]), torch.tensor([20.0])
+    assert judge_loss(made, real) < 1e-6
+    assert judge_loss(real, made) > 30
+
+
+def test_the_push_of_the_gan_is_its_gradient_and_leaves_the_judge_alone(tiny_folder):
+    face, student, method = built(tiny_folder)
+    call = student.call(STUDENT, student.draw(0, 0, 3))
+    x = student.x0(call).detach()
+    plain = DMD2(DMD2Config(real_guidance_scale=1.0), face, student)._update(x, call)[0]
+    gradient, fooled = method._gan_gradient(x, call)
+    assert gradient.abs().max() > 1e-6
+    assert 0 <= fooled <= 1
+    assert gap(method._update(x, call)[0], plain - x[0].numel() * gradient) < 1e-5 * x[0].numel()
+    (loss,) = method.losses(call)
+    assert loss.network == STUDENT
+    assert all(parameter.grad is None for parameter in method.trained()[FAKE].values())
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(rank=4, lora_alpha=16), None], ids=["lora", "full"])
+def test_the_judge_learns_to_tell_real_pictures_and_the_fake_learns_with_it(tiny_folder, lora):
+    _, _, method = built(tiny_folder, lora)
+    assert any(name.startswith("head.") for name in method.trained()[FAKE])
+    records = list(Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=3e-3), 8).run())
+    assert records[-1].metrics["judge"] < 0.5 * records[0].metrics["judge"]
+    assert method.pictures.steps == list(range(16))  # other pictures for every update of the fake
+    assert {"fooled", "loss/fake", "loss/default"} <= set(records[0].metrics)
+
+
+def test_without_a_weight_there_is_no_judge(tiny_folder):
+    assert not DMD2Config().wants_pictures
+    assert DMD2Config(gan_weight=1e-3).wants_pictures
+    face, student, _ = built(tiny_folder)
+    assert set(DMD2(DMD2Config(), face, student).trained()[FAKE]) == set(face.roles.parameters(FAKE))
