@@ -5,8 +5,8 @@
     python benchmarks/distillation.py --cost                     # seconds a picture, and memory of three roles
 
 Students are sampled without guidance, the teacher with w = 3. Scores are of the test prompts of blocks, 4 pictures
-each. "to teacher" is the Frechet distance to the teacher's own pictures at 30 steps. All methods see the same prompts and
-the same stratified times. Writes benchmarks/results/distillation*.{json,md}. What is finished is not run again.
+each. "to teacher" is the Frechet distance to the teacher's own pictures at 30 steps. All methods see the same prompts
+and the same stratified times. Writes benchmarks/results/distillation*.{json,md}. What is finished is not run again.
 """
 
 import argparse

@@ -58,3 +58,26 @@ def test_the_published_settings_of_softrepa():
 def test_values_out_of_range_are_refused(section, values):
     with pytest.raises(ValidationError):
         section(**values)
+
+
+def test_the_published_settings_of_dmd2():
+    sd15, sdxl = (run.load_config(name) for name in ("dmd2-sd15-1step", "dmd2-sdxl-4step"))
+    assert [c.method.fake_updates for c in (sd15, sdxl)] == [10, 5]
+    assert [c.method.real_guidance_scale for c in (sd15, sdxl)] == [1.75, 8]
+    assert [c.rollout.num_prompts * c.rollout.group_size for c in (sd15, sdxl)] == [2048, 128]
+    assert [c.optimizer.learning_rate for c in (sd15, sdxl)] == [1e-5, 5e-5]
+    assert (sdxl.model.rank, sdxl.model.lora_alpha) == (64, 8)
+    # Their loops count updates of the fake: 39,000 and, for the LoRA, 16,000.
+    assert [c.training.max_train_steps * c.method.fake_updates for c in (sd15, sdxl)] == [39_000, 16_000]
+    assert all(
+        (c.method.min_time, c.method.max_time, c.method.times) == (0.02, 0.98, "independent") for c in (sd15, sdxl)
+    )
+    assert all(c.method.normaliser == "sample" for c in (sd15, sdxl))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("gndm", "dmd"))])
+def test_a_student_is_evaluated_in_as_many_calls_as_it_learns(name):
+    config = run.load_config(name)
+    assert config.evaluation.num_inference_steps == config.rollout.num_inference_steps
+    assert f"{config.rollout.num_inference_steps}step" in name
+    assert config.evaluation.guidance_scale == 1

@@ -130,7 +130,7 @@ class AGSM:
         if self.config.tokens_start == "empty-prompt":
             tokens.start_at(self.pipeline.encode([""]).tokens[0, 0])
         if self.config.ema_start == "random":
-            tokens.redraw(AVERAGE, self.captioned.seed + 1)
+            tokens.banks[AVERAGE].draw(self.captioned.seed + 1)
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
         return {TRAINED: self.pipeline.roles.parameters(TRAINED)}

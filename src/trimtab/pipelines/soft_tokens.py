@@ -272,10 +272,6 @@ class SoftTokens:
                 )
             bank.base[:] = token
 
-    def redraw(self, role: str, seed: int) -> None:
-        """Give a role numbers of its own."""
-        self.banks[role].draw(seed)
-
     @contextmanager
     def signs(self, sign: Tensor) -> Iterator[None]:
         """In here, rows get the tokens of these signs (N,); outside all are POSITIVE."""
