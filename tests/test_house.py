@@ -150,6 +150,10 @@ def test_the_tree_in_the_readme_is_the_tree():
 
 
 def test_every_room_with_a_test_file_tests_something_that_exists():
-    names = {path.stem for path in FILES} | {path.parent.name for path in FILES} | {"house", "cli_errors", "resume", "distillation"}
+    names = (
+        {path.stem for path in FILES}
+        | {path.parent.name for path in FILES}
+        | {"house", "cli_errors", "resume", "distillation"}
+    )
     for test in (ROOT / "tests").glob("test_*.py"):
         assert test.stem.removeprefix("test_") in names, test

@@ -219,5 +219,5 @@ def _pictures(run: Run, step: int) -> None:
 
 
 def _headline(record: Record) -> str:
-    shown = {"reward": "reward", "kl": "kl", "loss": "loss"}
+    shown = {"reward": "reward", "kl": "kl", "loss": "loss", "direction": "direction", "fake loss": "loss/fake"}
     return "  ".join(f"{name} {record.metrics[key]:.3f}" for name, key in shown.items() if key in record.metrics)

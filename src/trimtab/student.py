@@ -196,6 +196,12 @@ class Student:
         yield from self.fake_calls(step, range(1, draws + extra), draws)
         yield self.call(STUDENT, self.draw(step, 0, draws))
 
+    def log(self, step: int, config: StudentConfig, num_updates: int = 1) -> dict[str, float]:
+        """How many pictures a step made, of `num_updates` updates of the student and the fake's before them."""
+        batches = num_updates * (config.fake_updates + 1) + (0 if step else config.fake_warmup)
+        size = len(range(self.rank, min(self.config.num_prompts, len(self.prompts)), self.num_processes))
+        return {"images": float(batches * size * self.config.group_size)}
+
     def fake_calls(self, step: int, numbers: Iterable[int], draws_per_step: int) -> Iterator[Call]:
         """Batches for the fake, of fresh samples each."""
         for number in numbers:
@@ -269,7 +275,7 @@ class Student:
         levels = torch.stack([self.levels(call.draw, config.times, m) for m in range(config.num_renoise)])
         return config.min_time + (config.max_time - config.min_time) * levels
 
-    def reward_gradient(self, reward: Any, x: Tensor, call: Call) -> tuple[Tensor, float]:
+    def reward_gradient(self, reward: Any, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """The gradient of R(decode(x)) (B, ...), 0 where the reward does not apply, and the mean of R."""
         found, scores = [], []
         for part in torch.arange(len(x)).split(self.batch_size):
@@ -280,7 +286,7 @@ class Student:
                 score = reward.with_gradient(self.pipeline.decode(leaf), text, metadata)
                 found.append(torch.autograd.grad(score.nansum(), leaf)[0])
             scores.append(score.detach())
-        return torch.cat(found), torch.cat(scores).nanmean().item()
+        return torch.cat(found), torch.cat(scores).nanmean()
 
     def levels(self, draw: Draw, mode: TimeMode, comparison: int, purpose: int = noise.MATCHING) -> Tensor:
         """Numbers (B,) in [0, 1): one a sample or one a group, evenly spread over all processes' if stratified."""

@@ -114,7 +114,7 @@ class DMD2:
     def after_step(self, step: int) -> dict[str, float]:
         if self.config.ema_decay is not None:
             self.pipeline.roles.blend(AVERAGE, STUDENT, self.config.ema_decay)
-        return {}
+        return self.student.log(step, self.config)
 
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, self.config.result, self.student.num_steps)

@@ -22,7 +22,7 @@ r, n and everything else are dmd2.py's. Departures from the code, which is for I
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +76,6 @@ class DMDR:
     student: Student
     rewards: Composite | None = None
     update: int = 0
-    log: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def check_rewards(config: DMDRConfig, rewards: Composite, num_calls: int) -> None:
@@ -114,7 +113,8 @@ class DMDR:
     def after_step(self, step: int) -> dict[str, float]:
         if self.config.ema_decay is not None:
             self.pipeline.roles.blend(AVERAGE, STUDENT, self.config.ema_decay)
-        return self.log | {"teachers_lora": self.config.dynamic_guidance * self._remaining()}
+        log = self.student.log(step, self.config)
+        return log | {"teachers_lora": self.config.dynamic_guidance * self._remaining()}
 
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, self.config.result, self.student.num_steps)
@@ -131,11 +131,11 @@ class DMDR:
         ])  # fmt: skip
         share = config.dynamic_guidance * remaining / SHARE
         r, n, _ = self.student.direction(x, call, config, times=times, real_share=share)
+        metrics = {"direction": r.abs().mean(), "misfit": n.mean()}
         push = normalised_direction(r, n, call.draw.group.to(x.device), config.normaliser)
         if self.rewards is not None and self.update >= config.reward_start:
             for name, (reward, weight) in self.rewards.rewards.items():
                 if weight:
-                    gradient, score = self.student.reward_gradient(reward, x, call)
+                    gradient, metrics[f"rewards/{name}/mean"] = self.student.reward_gradient(reward, x, call)
                     push = push + weight * x[0].numel() * gradient
-                    self.log[f"rewards/{name}/mean"] = score
-        return push, {"direction": r.abs().mean(), "misfit": n.mean()}
+        return push, metrics

@@ -214,6 +214,7 @@ class GNDM:
     def after_step(self, step: int) -> dict[str, float]:
         if self.config.ema_decay is not None:
             self.pipeline.roles.blend(AVERAGE, STUDENT, self.config.ema_decay)
+        self.log |= self.student.log(step, self.config, self.config.reuse)
         return self.log | {"gate": self.balance.gate, "relative_misfit": self.balance.misfit}
 
     def export(self, folder: Path) -> None:
@@ -235,9 +236,10 @@ class GNDM:
         metadata = [dict(draw.prompts.metadata[g]) for g in draw.group]
         scored = self.rewards.score(images, text, metadata, draw.group)
         total = torch.where(scored.total.isnan(), torch.nan, 0.0)
+        self.log |= {"reward": scored.total.nanmean().item()}
         for name, raw in scored.raw.items():
-            known = raw[raw.isfinite()]
-            self.log[f"rewards/{name}/mean"] = known.mean().item() if len(known) else math.nan
+            if name not in self.smooth:
+                self.log[f"{'rewards' if name in self.black else 'watched'}/{name}/mean"] = raw.nanmean().item()
             if name in self.black:
                 centred = groups.centred(raw, draw.group).nan_to_num(0.0)  # 0 too where a reward does not apply
                 spread = self.student.everybody(centred).std(correction=0)
@@ -256,15 +258,18 @@ class GNDM:
         relative = (r.flatten(1).abs().mean(1) / groups.means(n, group)).mean()
         seen = {"misfit": relative.item(), "": _rms(move)}
         push = over(self._importance(call, group), move) * move
-        for name, (_, weight) in self.smooth.items() if self.balance.calibrates or self.balance.rewards_count else ():
-            gradient, self.log[f"rewards/{name}/mean"] = self.student.reward_gradient(self.smooth[name][0], x, call)
+        metrics = {"direction": r.abs().mean(), "misfit": n.mean()}
+        for name, (reward, weight) in (
+            self.smooth.items() if self.balance.calibrates or self.balance.rewards_count else ()
+        ):
+            gradient, metrics[f"rewards/{name}/mean"] = self.student.reward_gradient(reward, x, call)
             seen[name] = _rms(gradient)
             if self.balance.rewards_count:
                 push = push + weight * self.balance.share() * self._scaled(name, gradient, seen)
         if call.advantage is not None and call.k < self.student.num_steps - 1:
             push = push + self.balance.share() * self._size("", seen) * self._score(x, call)
         self.seen.append(seen)
-        return push, {"direction": r.abs().mean(), "misfit": n.mean()}
+        return push, metrics
 
     def _importance(self, call: Call, group: Tensor) -> Tensor:
         """omega (B,): how much likelier today's student would come to the trained call's input."""
