@@ -92,6 +92,41 @@ def tiny_sdxl_folder(tmp_path_factory):
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # of every Stable Diffusion
 
 
+@pytest.fixture(scope="session")
+def tiny_flux_folder(tmp_path_factory):
+    """The same as FLUX.1-dev: guidance is an input, latents are packed, and the shift grows with the size."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+    def build(tokenizer, config):
+        t5 = T5Config(
+            vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+            pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        transformer = FluxTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=config.hidden_size, axes_dims_rope=(4, 6, 6),
+            guidance_embeds=True,
+        )  # fmt: skip
+        vae = _vae(0.3611)
+        vae.register_to_config(shift_factor=0.1159)
+        pipe = FluxPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=CLIPTextModel(config).eval(),
+            tokenizer=tokenizer,
+            text_encoder_2=T5EncoderModel(t5).eval(),
+            tokenizer_2=tokenizer,
+        )
+        with torch.no_grad():
+            transformer.proj_out.weight.mul_(3)
+        return pipe
+
+    return _saved(build, tmp_path_factory.mktemp("tiny-flux"))
+
+
 def _saved(build, folder):
     """The folder, with the pipeline that `build(tokenizer, CLIP's config)` makes of random weights."""
     import torch

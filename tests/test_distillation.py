@@ -56,10 +56,10 @@ class World:
     def latent_shape(self, resolution):
         return (2,)
 
-    def time_grid(self, num_steps):
+    def time_grid(self, num_steps, resolution=None):
         return time_grid(num_steps)
 
-    def few_step_grid(self, num_steps):
+    def few_step_grid(self, num_steps, resolution=None):
         return few_step_grid(num_steps)
 
     def encode(self, texts):

@@ -59,7 +59,7 @@ class World:
     def latent_shape(self, resolution):
         return (2,)
 
-    def time_grid(self, num_steps):
+    def time_grid(self, num_steps, resolution=None):
         return time_grid(num_steps, 1.0)
 
     def encode(self, texts):

@@ -28,7 +28,7 @@ class Toy:
     def latent_shape(self, resolution):
         return 2, resolution // 4, resolution // 4
 
-    def time_grid(self, num_steps):
+    def time_grid(self, num_steps, resolution):
         return time_grid(num_steps)
 
     def encode(self, texts):

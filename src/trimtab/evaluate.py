@@ -121,13 +121,14 @@ def generate(
     """Pictures (B, 3, H, W) on the CPU and their latents, one for each entry of `group` (B,), its prompt, and seed."""
     shape = pipeline.latent_shape(setting.resolution or pipeline.resolution)
     num_calls = setting.num_inference_steps
-    times = pipeline.few_step_grid(num_calls) if setting.few_step else pipeline.time_grid(num_calls)
+    grid = pipeline.few_step_grid if setting.few_step else pipeline.time_grid
+    times = grid(num_calls, setting.resolution)
     condition = pipeline.encode(prompts.text)
     images, latents = [], []
     for part in torch.arange(len(group)).split(setting.batch_size):
         noises = _noises([seeds[i] for i in part], shape, num_calls if setting.few_step else 1).to(pipeline.device)
         own = condition[group[part].to(pipeline.device)]
-        later = noises[1:] if setting.few_step else None
+        later = pipeline.between_calls(noises[1:]) if setting.few_step else None
         latents.append(sample(pipeline, noises[0], times, own, role, setting.guidance_scale, later=later))
         images.append(pipeline.decode(latents[-1]).cpu())
         progress(int(part[-1]) + 1, len(group))

@@ -94,13 +94,17 @@ class Rollouts:
         log = self._log(scored, rollout) | seconds | {"images": float(len(images))}
         return rollout, log
 
+    def time_grid(self) -> Tensor:
+        """Falling times (T + 1,) that the solver visits."""
+        return self.pipeline.time_grid(self.config.num_inference_steps, self.resolution)
+
     def _prompts(self, step: int) -> Prompts:
         return share(self.prompts, self.config.num_prompts, step, self.seed, self.rank, self.num_processes)
 
     def _sample(self, keys: list, condition: Condition, group: Tensor, role: str) -> tuple[Tensor, Tensor]:
         """Clean latents (B, C, h, w) on the pipeline's device, and pictures (B, 3, H, W) on the CPU."""
         shape = self.pipeline.latent_shape(self.resolution)
-        times = self.pipeline.time_grid(self.config.num_inference_steps)
+        times = self.time_grid()
         latents, images = [], []
         with self.pipeline.roles.merged(role) if self.config.merge_lora else nullcontext():
             for part in torch.arange(len(keys)).split(self.config.sample_batch_size):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
+from diffusers import SchedulerMixin
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -302,7 +303,11 @@ class Student:
 
     def times(self) -> Tensor:
         """When the student is called (K + 1,); the last is 0."""
-        return self.pipeline.few_step_grid(self.num_steps).to(self.pipeline.device)
+        return self.pipeline.few_step_grid(self.num_steps, self.resolution).to(self.pipeline.device)
+
+    def scheduler(self) -> SchedulerMixin:
+        """With which stock diffusers samples the student."""
+        return self.pipeline.student_scheduler(self.num_steps, self.resolution)
 
     def everybody(self, x: Tensor) -> Tensor:
         """x (N, ...) of all processes."""

@@ -251,7 +251,7 @@ class CRD:
 
     def losses(self, rollout: Rollout) -> Iterator[Loss]:
         """One term for each time and pack of whole groups; a group too large for a pack takes two passes."""
-        config, grid = self.config, self.pipeline.time_grid(self.rollouts.config.num_inference_steps)
+        config, grid = self.config, self.rollouts.time_grid()
         times = times_of(rollout, config, grid)  # (B, T)
         num_terms = len(rollout) * config.num_train_times
         for number, t in enumerate(times.unbind(1) if num_terms else ()):

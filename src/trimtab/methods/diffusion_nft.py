@@ -101,7 +101,7 @@ class DiffusionNFT:
         return rollout.split(self.config.updates_per_step)
 
     def losses(self, rollout: Rollout) -> Iterator[Loss]:
-        grid = self.pipeline.time_grid(self.rollouts.config.num_inference_steps)
+        grid = self.rollouts.time_grid()
         num_terms = len(rollout) * self.config.num_train_times
         times = times_of(rollout, self.config, grid)  # (B, T)
         for number, t in enumerate(times.unbind(1) if num_terms else ()):

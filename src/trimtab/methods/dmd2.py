@@ -117,7 +117,7 @@ class DMD2:
         return self.student.log(step, self.config)
 
     def export(self, folder: Path) -> None:
-        self.pipeline.export(folder, self.config.result, self.student.num_steps)
+        self.pipeline.export(folder, self.config.result, self.student.scheduler())
 
     def _update(self, x: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 2, 3, and the push of the GAN: `push_loss` is a mean over elements, its own one over samples."""

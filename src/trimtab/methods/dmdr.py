@@ -117,7 +117,7 @@ class DMDR:
         return log | {"teachers_lora": self.config.dynamic_guidance * self._remaining()}
 
     def export(self, folder: Path) -> None:
-        self.pipeline.export(folder, self.config.result, self.student.num_steps)
+        self.pipeline.export(folder, self.config.result, self.student.scheduler())
 
     def _remaining(self) -> float:
         return progress(self.update, self.config.dynamic_steps)

@@ -218,7 +218,7 @@ class GNDM:
         return self.log | {"gate": self.balance.gate, "relative_misfit": self.balance.misfit}
 
     def export(self, folder: Path) -> None:
-        self.pipeline.export(folder, self.config.result, self.student.num_steps)
+        self.pipeline.export(folder, self.config.result, self.student.scheduler())
 
     def _rollout(self, draw: Draw, calls: list[int]) -> Call:
         """The path that all uses share: to the last call among them, or to its end where pictures are scored."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from trimtab.batch import Condition
@@ -38,11 +38,14 @@ class Pipeline(Protocol):
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """Shape of one sample's latents for a square picture, `resolution` pixels a side."""
 
-    def time_grid(self, num_steps: int) -> Tensor:
+    def time_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Falling times (T + 1,) of the model's own scheduler."""
 
-    def few_step_grid(self, num_steps: int) -> Tensor:
+    def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Falling times (T + 1,) at which a student of the model is called."""
+
+    def between_calls(self, noise: Tensor) -> Tensor:
+        """Noise (T, B, C, h, w) put in the order in which the stock pipeline draws what it adds between calls."""
 
     def encode(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts; each distinct prompt is encoded once."""
@@ -61,6 +64,9 @@ class Pipeline(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [0, 1]."""
 
-    def export(self, folder: Path, role: str, num_calls: int | None = None) -> None:
-        """Write a role's weights as stock diffusers loads them; a LoRA as PEFT loads it, too. With `num_calls` they are
-        those of a student, and a scheduler goes with them."""
+    def student_scheduler(self, num_calls: int, resolution: int | None = None) -> SchedulerMixin:
+        """With which stock diffusers samples a student of the model."""
+
+    def export(self, folder: Path, role: str, student: SchedulerMixin | None = None) -> None:
+        """Write a role's weights as stock diffusers loads them; a LoRA as PEFT loads it, too. Those of a
+        student go with the scheduler that samples it."""

@@ -7,7 +7,7 @@ remembered, guidance, latents, pictures and weights on disk are the same for all
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -29,6 +29,7 @@ class Face:
     NETWORK: ClassVar[str]  # the part that learns
     PIPELINE: ClassVar[type[DiffusionPipeline]]
     TARGETS: ClassVar[tuple[str, ...]]  # modules that a LoRA changes unless told otherwise
+    PACKED: ClassVar[int] = 1  # latents a side that the network takes as one, beside its own patches
     HALF_VAE: ClassVar[bool] = True  # whether the auto-encoder stands half precision
 
     def __init__(self, pipe: DiffusionPipeline, roles: Roles, precision: torch.dtype, process: Process, kind: Kind):
@@ -55,17 +56,21 @@ class Face:
         side = resolution // self.pipe.vae_scale_factor
         return self.roles.network.config.in_channels, side, side
 
-    def time_grid(self, num_steps: int) -> Tensor:
-        """Falling times (T + 1,) that the pipeline's own scheduler visits."""
+    def time_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
+        """Falling times (T + 1,) that the pipeline's own scheduler visits; some depend on the size."""
         raise NotImplementedError
 
-    def few_step_grid(self, num_steps: int) -> Tensor:
+    def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Falling times (T + 1,) at which a student is called."""
         raise NotImplementedError
 
-    def student_scheduler(self, num_calls: int) -> SchedulerMixin:
+    def student_scheduler(self, num_calls: int, resolution: int | None = None) -> SchedulerMixin:
         """With which stock diffusers samples a student of this model."""
         raise NotImplementedError
+
+    def between_calls(self, noise: Tensor) -> Tensor:
+        """Noise (T, B, C, h, w) put in the order in which the stock pipeline draws what it adds between calls."""
+        return noise
 
     @property
     def few_step(self) -> bool:
@@ -81,8 +86,8 @@ class Face:
         """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
         raise NotImplementedError
 
-    def _output(self, role: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """What the network itself says, at times (B,) and under B conditions."""
+    def _output(self, role: str, x_t: Tensor, t: Tensor, condition: Condition, *extra: Any) -> Tensor:
+        """What the network itself says, at times (B,) and under B conditions; `extra` is a family's own."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -131,19 +136,18 @@ class Face:
         limited = images.detach().clamp(0, 1)
         return images + (limited - images).detach() if images.requires_grad else limited
 
-    def export(self, folder: Path, role: str, num_calls: int | None = None) -> None:
-        """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline. With
-        `num_calls` the weights are those of a student, and the scheduler that samples it goes with them."""
-        scheduler = self.pipe.scheduler if num_calls is None else self.student_scheduler(num_calls)
+    def export(self, folder: Path, role: str, student: SchedulerMixin | None = None) -> None:
+        """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline. The
+        weights of a student go with the scheduler that samples it."""
         if self.roles.lora is None:
-            kept, self.pipe.scheduler = self.pipe.scheduler, scheduler
+            kept, self.pipe.scheduler = self.pipe.scheduler, student or self.pipe.scheduler
             self.pipe.save_pretrained(folder)
             self.pipe.scheduler = kept
             if self.roles.module(role) is not getattr(self.pipe, self.NETWORK):
                 self.roles.module(role).save_pretrained(folder / self.NETWORK)
             return
-        if num_calls is not None:
-            scheduler.save_pretrained(folder / "scheduler")
+        if student is not None:
+            student.save_pretrained(folder / "scheduler")
         state, config = self.roles.lora_state(role), self.roles.lora.peft_config()
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         layers = {f"{self.NETWORK}_lora_layers": state, f"{self.NETWORK}_lora_adapter_metadata": config.to_dict()}
@@ -151,9 +155,9 @@ class Face:
         save_file({f"base_model.model.{name}": t for name, t in state.items()}, folder / "adapter_model.safetensors")
         config.save_pretrained(folder)
 
-    def _forward(self, role: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def _forward(self, role: str, x_t: Tensor, t: Tensor, condition: Condition, *extra: Any) -> Tensor:
         with self._autocast():
-            return self._output(role, x_t, t, condition).float()
+            return self._output(role, x_t, t, condition, *extra).float()
 
     def _autocast(self, half: bool = True) -> torch.autocast:
         """A new region for every forward: a longer one would keep casts of weights that have changed since."""

@@ -25,6 +25,11 @@ def flow_scheduler(num_calls: int, shift: float) -> FlowMatchEulerDiscreteSchedu
     return _marked(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, **stretched), num_calls)
 
 
+def even_flow_scheduler(num_calls: int, shift: float) -> FlowMatchEulerDiscreteScheduler:
+    """The same for a pipeline that gives its scheduler the even grid itself, as FLUX's does."""
+    return _marked(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=shift), num_calls)
+
+
 def table_scheduler(num_calls: int, config: dict[str, Any]) -> LCMScheduler:
     """The same for the table and the kind of prediction of another scheduler's configuration."""
     size = config.get("num_train_timesteps", NUM_TIMESTEPS)

@@ -18,6 +18,7 @@ from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline, unet
 from trimtab.pipelines.adapters import Adapters, find, merge
 from trimtab.pipelines.face import Face
+from trimtab.pipelines.flux import Flux
 from trimtab.pipelines.sd import SD
 from trimtab.pipelines.sd3 import SD3
 from trimtab.pipelines.sdxl import SDXL
@@ -33,6 +34,7 @@ FACES = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,  # the same parts, saved after another use
     "StableDiffusionXLPipeline": SDXL,
+    "FluxPipeline": Flux,
 }
 
 
@@ -60,7 +62,7 @@ def check_resolution(model: str, resolution: int | None) -> None:
     if "block_out_channels" in network:  # a UNet, which halves its input between any two of its blocks
         step *= 2 ** (len(network["block_out_channels"]) - 1)
     else:
-        step *= network.get("patch_size", 1)
+        step *= network.get("patch_size", 1) * FACES[_index(path, model)["_class_name"]].PACKED
         most = network.get("pos_embed_max_size", 1024) * step
     if resolution % step or resolution > most:
         limit = "" if most == math.inf else f" up to {most}"

@@ -41,17 +41,17 @@ class SD3(Face):
         """Let its attention count tokens."""
         network.set_attn_processor(WeightedAttention())
 
-    def time_grid(self, num_steps: int) -> Tensor:
+    def time_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Times (T + 1,) from 1 to 0 as the pipeline's own scheduler would take them."""
         return time_grid(num_steps, self.pipe.scheduler.config.shift)
 
-    def few_step_grid(self, num_steps: int) -> Tensor:
+    def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Times (T + 1,) at which a student is called, with the model's own shift."""
         if self.few_step:
             return few_step.times_of(self.pipe.scheduler, num_steps)
         return few_step_grid(num_steps, self.pipe.scheduler.config.shift)
 
-    def student_scheduler(self, num_calls: int) -> FlowMatchEulerDiscreteScheduler:
+    def student_scheduler(self, num_calls: int, resolution: int | None = None) -> FlowMatchEulerDiscreteScheduler:
         """With which stock diffusers samples a student of this model."""
         return few_step.flow_scheduler(num_calls, self.pipe.scheduler.config.shift)
 

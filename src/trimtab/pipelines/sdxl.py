@@ -31,15 +31,15 @@ class SDXL(Face):
             empty = self.unconditional
             self.unconditional = Condition(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
 
-    def time_grid(self, num_steps: int) -> Tensor:
+    def time_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Times (T + 1,) of the rows that the pipeline's own scheduler visits."""
         return unet.time_grid(self.pipe.scheduler, num_steps)
 
-    def few_step_grid(self, num_steps: int) -> Tensor:
+    def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Times (T + 1,) at which a student is called."""
         return vp_few_step_grid(num_steps, len(self.process.alphas_cumprod))
 
-    def student_scheduler(self, num_calls: int) -> LCMScheduler:
+    def student_scheduler(self, num_calls: int, resolution: int | None = None) -> LCMScheduler:
         """With which stock diffusers samples a student of this model."""
         return few_step.table_scheduler(num_calls, self.pipe.scheduler.config)
 

@@ -1,0 +1,98 @@
+"""The face of FLUX.1: what it has to itself, against stock diffusers."""
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from trimtab.errors import UserError
+from trimtab.pipelines import loading
+from trimtab.rollout import sample
+
+TEXTS = ["a photo of a red circle", "a photo of two stars"]
+
+
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(latents):
+    """As the pipeline wants them."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+@pytest.fixture
+def stock(tiny_flux_folder):
+    pipe = FluxPipeline.from_pretrained(tiny_flux_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("resolution", "guidance_scale"), [(32, 1.0), (48, 3.5)])
+def test_latents_equal_those_of_stock_diffusers_at_any_size_and_guidance(
+    tiny_flux_folder, build_face, stock, resolution, guidance_scale
+):
+    face = build_face(tiny_flux_folder)
+    start = noise(2, *face.latent_shape(resolution))
+    how = {"num_inference_steps": 5, "guidance_scale": guidance_scale, "height": resolution, "width": resolution}
+    expected = stock(TEXTS, latents=packed(start), output_type="latent", **how).images
+    times = face.time_grid(5, resolution)
+    assert gap(stock.scheduler.sigmas, times) < 1e-6
+    latents = sample(face, start, times, face.encode(TEXTS), "default", guidance_scale)
+    assert gap(packed(latents), expected) < 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_guidance_is_an_input_that_matters_and_takes_one_pass(tiny_flux_folder, build_face, monkeypatch):
+    face, passes = build_face(tiny_flux_folder), []
+    x_t, t, condition = noise(2, *face.latent_shape(32)), torch.tensor(0.5), face.encode(TEXTS)
+    forward = face.roles.network.forward
+    monkeypatch.setattr(face.roles.network, "forward", lambda **given: passes.append(given) or forward(**given))
+    one, four = (face.predict(x_t, t, condition, "default", w).flow for w in (1.0, 4.0))
+    assert gap(one, four) > 1e-4
+    assert [given["guidance"].tolist() for given in passes] == [[1, 1], [4, 4]]
+    assert all(len(given["hidden_states"]) == 2 for given in passes)
+
+
+@torch.no_grad()
+def test_without_that_input_guidance_is_the_usual_one(tiny_flux_folder, build_face, stock, tmp_path):
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(1)
+    stock.register_modules(
+        transformer=FluxTransformer2DModel.from_config(stock.transformer.config, guidance_embeds=False)
+    )
+    stock.save_pretrained(tmp_path)
+    face = build_face(tmp_path)
+    start = noise(2, *face.latent_shape(32))
+    how = {"num_inference_steps": 3, "true_cfg_scale": 2.5, "negative_prompt": ["", ""], "height": 32, "width": 32}
+    expected = stock(TEXTS, latents=packed(start), output_type="latent", **how).images
+    latents = sample(face, start, face.time_grid(3, 32), face.encode(TEXTS), "default", 2.5)
+    assert gap(packed(latents), expected) < 1e-4 * expected.abs().max()
+
+
+def test_the_shift_grows_with_the_size_and_a_students_is_that_of_its_own(tiny_flux_folder, build_face):
+    face = build_face(tiny_flux_folder)
+    small, large = (face.time_grid(4, resolution)[1].item() for resolution in (32, 512))
+    assert small < large
+    scheduler = face.student_scheduler(4, 512)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.1)
+    assert gap(scheduler.sigmas, face.few_step_grid(4, 512)) < 1e-6
+
+
+def test_a_size_that_does_not_pack_is_refused(tiny_flux_folder):
+    loading.check_resolution(str(tiny_flux_folder), 48)
+    with pytest.raises(UserError, match="a multiple of 8 pixels"):
+        loading.check_resolution(str(tiny_flux_folder), 36)
+
+
+@torch.no_grad()
+def test_pictures_are_those_of_stock_diffusers(tiny_flux_folder, build_face, stock):
+    face, latents = build_face(tiny_flux_folder), noise(2, 4, 8, 8)
+    config = stock.vae.config
+    decoded = stock.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
+    assert gap(face.decode(latents), stock.image_processor.postprocess(decoded, output_type="pt")) < 1e-5
