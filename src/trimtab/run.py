@@ -148,7 +148,7 @@ def _finish(run: Run) -> None:
     if run.pipeline is None:
         return
     if run.config.evaluation.suite is not None:
-        _evaluate(run, "trained", run.result, _setting(run.config))
+        _evaluate(run, "trained", run.result, _setting(run))
     write_report(run.folder)
 
 
@@ -157,7 +157,7 @@ def _evaluate_base(run: Run) -> None:
     config = run.config.evaluation
     if run.pipeline is None or config.suite is None or not run.writes:
         return
-    setting = _setting(run.config)
+    setting = _setting(run)
     _evaluate(run, "base", REFERENCE, setting)
     if config.base_guidance_scale is not None:
         steps = config.base_num_inference_steps or setting.num_inference_steps
@@ -189,7 +189,8 @@ def _evaluate(run: Run, label: str, role: str, setting: evaluate.Setting) -> Non
     append(run.folder / "metrics.jsonl", run.learner.step, numbers)
 
 
-def _setting(config: RunConfig) -> evaluate.Setting:
+def _setting(run: Run) -> evaluate.Setting:
+    config = run.config
     return evaluate.Setting(
         suite=str(config.evaluation.suite),
         images_per_prompt=config.evaluation.images_per_prompt,
@@ -198,7 +199,7 @@ def _setting(config: RunConfig) -> evaluate.Setting:
         resolution=config.model.resolution,
         batch_size=config.rollout.sample_batch_size,
         precision=config.model.mixed_precision,
-        few_step=config.method.name in DISTILLATION,
+        few_step=config.method.name in DISTILLATION or run.pipeline.few_step,
     )
 
 
@@ -210,7 +211,7 @@ def _pictures(run: Run, step: int) -> None:
     prompts = run.unseen
     number = min(number, len(prompts))
     chosen = prompts[[i * len(prompts) // number for i in range(number)]]
-    setting = replace(_setting(run.config), images_per_prompt=1)
+    setting = replace(_setting(run), images_per_prompt=1)
     images, _ = evaluate.generate(run.pipeline, run.result, chosen, torch.arange(number), list(range(number)), setting)
     columns = math.ceil(math.sqrt(number))
     blank = images.new_ones(columns * math.ceil(number / columns) - number, *images.shape[1:])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -20,7 +20,6 @@ class Adapters:
 
     loras: tuple[Path, ...] = ()
     tokens: Path | None = None
-    scheduler: Path | None = None  # folder of the one that a student's LoRA brings with it
 
 
 def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
@@ -42,16 +41,18 @@ def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
     twice = {file for file in loras if loras.count(file) > 1}
     if twice:
         raise UserError(f"{min(twice)} was given twice, and would count twice; give it once.")
-    schedulers = [file.parent / "scheduler" for file in loras if (file.parent / "scheduler").is_dir()]
-    return Adapters(tuple(loras), tokens[0] if tokens else None, schedulers[-1] if schedulers else None)
+    return Adapters(tuple(loras), tokens[0] if tokens else None)
 
 
 def merge(pipe: DiffusionPipeline, loras: Sequence[Path]) -> None:
-    """Add LoRAs to the pipeline's weights, for good."""
+    """Add LoRAs to the pipeline's weights, for good. That of a student brings its scheduler."""
     for file in loras:
         pipe.load_lora_weights(file.parent, weight_name=file.name)
         pipe.fuse_lora()
         pipe.unload_lora_weights()
+        if (file.parent / "scheduler").is_dir():
+            kind = LCMScheduler if hasattr(pipe, "unet") else FlowMatchEulerDiscreteScheduler
+            pipe.scheduler = kind.from_pretrained(file.parent / "scheduler")
 
 
 def _files(name: str) -> list[Path]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline, unet
-from trimtab.pipelines.adapters import Adapters, find, merge
+from trimtab.pipelines.adapters import LORA_FILE, Adapters, find, merge
 from trimtab.pipelines.face import Face
 from trimtab.pipelines.flux import Flux
 from trimtab.pipelines.sd import SD
@@ -28,7 +28,8 @@ from trimtab.roles import LoraSettings, Roles
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUILT_IN = {"micro": ASSETS / "micro"}
+BUILT_IN = {"micro": ASSETS / "micro", "micro-turbo": ASSETS / "micro"}
+STUDENTS = {"micro-turbo": ASSETS / "micro-turbo" / LORA_FILE}  # the LoRAs that make students of them
 FACES = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -146,9 +147,6 @@ def load_for_sampling(
 ) -> Pipeline:
     """A pipeline with one role, `default`: the model itself, with LoRAs merged into it by diffusers, and its tokens."""
     face, pipe = _stock(model, precision, precision, adapters.loras, device)
-    if adapters.scheduler is not None:
-        kind = LCMScheduler if face.NETWORK == "unet" else FlowMatchEulerDiscreteScheduler
-        pipe.scheduler = kind.from_pretrained(adapters.scheduler)
     if adapters.tokens is not None:
         load_soft_tokens(pipe, adapters.tokens)
     return face(pipe, _Fixed(getattr(pipe, face.NETWORK)), precision)
@@ -174,6 +172,7 @@ def _stock(
     """The face for a model, and its diffusers pipeline, frozen, with LoRAs merged in float32."""
     path = resolve(model)
     face = FACES[_index(path, model)["_class_name"]]
+    merged = (*([STUDENTS[model]] if model in STUDENTS else []), *merged)
     dtypes = {"default": precision, face.NETWORK: torch.float32 if merged else network_dtype, "vae": torch.float32}
     pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes)
     merge(pipe, merged)
