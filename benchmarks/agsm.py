@@ -55,6 +55,7 @@ def trained(name: str, recipe: str, changes: list[str], seed: int, given: argpar
         f"name=tokens-{slug}-seed{seed}",
         f"seed={seed}",
         f"output_dir={given.output}",
+        f"optimizer.learning_rate={given.learning_rate}",
         f"training.max_train_steps={given.steps}",
         f"training.checkpointing_steps={given.steps}",
         f"evaluation.guidance_scale={given.guidance_scale}",
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="ten times the published one, for few steps")
     parser.add_argument("--crd", type=Path, help="the `export` folder of a CRD run, to train tokens on top of")
     parser.add_argument("--output", type=Path, default=Path("runs"))
     parser.add_argument("--study", action="store_true")
