@@ -36,7 +36,10 @@ def test_a_folder_without_an_index_is_no_pipeline(tmp_path):
 @pytest.mark.parametrize("name", ["KandinskyPipeline", None])
 def test_an_unsupported_pipeline_is_named_with_those_that_are_supported(tmp_path, name):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    refused(tmp_path, rf"is a {name}; trimtab supports StableDiffusion3Pipeline, .*, StableDiffusionXLPipeline, FluxPipeline\.$")
+    refused(
+        tmp_path,
+        rf"is a {name}; trimtab supports StableDiffusion3Pipeline, .*, StableDiffusionXLPipeline, FluxPipeline\.$",
+    )
 
 
 @pytest.mark.parametrize("text", ['{"_class_name": "Stable', "", "[1, 2]"])
@@ -52,7 +55,8 @@ def test_an_unknown_name_is_told_the_built_in_ones(monkeypatch, error):
 
     monkeypatch.setattr(loading, "hf_hub_download", fail)
     refused(
-        "mikro", rf"'mikro' is no built-in model \(micro, micro-turbo\), no folder, .*\({type(error).__name__}\); check the name"
+        "mikro",
+        rf"no built-in model \(micro, micro-turbo\), no folder, .*\({type(error).__name__}\); check the name",
     )
 
 
