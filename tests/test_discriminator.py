@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from trimtab import noise
 from trimtab.batch import Captions, Prompts
 from trimtab.errors import UserError
 from trimtab.learner import Learner
@@ -113,6 +114,10 @@ def test_the_push_of_the_gan_is_its_gradient_and_leaves_the_judge_alone(tiny_fol
     gradient, fooled = method._gan_gradient(x, call)
     assert gradient.abs().max() > 1e-6
     assert 0 <= fooled <= 1
+    keys, condition = call.draw.keys(noise.GAN), call.draw.conditions()
+    with torch.no_grad():  # a step down the gradient makes samples pass for real
+        before, after = (method._judged(at, keys, condition) for at in (x, x - 0.1 * gradient / gradient.std()))
+    assert (after > before).all()
     assert gap(method._update(x, call)[0], plain - x[0].numel() * gradient) < 1e-5 * x[0].numel()
     (loss,) = method.losses(call)
     assert loss.network == STUDENT

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from trimtab import noise
 from trimtab.batch import Prompts
 from trimtab.learner import Learner
 from trimtab.methods.dmd2 import DMD2, DMD2Config
@@ -172,6 +173,25 @@ def test_the_push_is_dmds_gradient_at_the_trained_call(face):
     for parameter in face.roles.parameters(STUDENT).values():
         parameter.grad = None
     assert gap(found, expected) < 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_the_direction_leads_from_the_fakes_opinion_to_the_guided_teachers(face):
+    own = student(face)
+    call = own.call(STUDENT, own.draw(0, 0, 3))
+    x, condition = own.x0(call), call.draw.conditions()
+    config = DMD2Config(real_guidance_scale=2.0)
+    r, n, times = own.direction(x, call, config)
+    (t,) = own.matching_times(call, config)
+    assert torch.equal(times, t)
+    y = face.process.noised(x, noise.normal(call.draw.keys(noise.MATCHING, 0), x.shape[1:]), t)
+    real, fake = face.predict(y, t, condition, "ref", 2.0).x0, face.predict(y, t, condition, FAKE).x0
+    assert gap(r, real - fake) < 1e-5
+    assert gap(n, (x - real).abs().mean((1, 2, 3))) < 1e-5
+    twice = own.direction(x, call, DMD2Config(real_guidance_scale=2.0, num_renoise=2))[0]
+    other = own.direction(x, call, config, times=own.matching_times(call, DMD2Config(num_renoise=2)))[0]
+    assert gap(twice, other) < 1e-6
+    assert gap(twice, r) > 1e-3
 
 
 def test_the_teacher_is_guided_and_the_fake_is_not(face):
