@@ -198,3 +198,29 @@ def test_pil_images_have_the_nearest_of_256_levels():
     assert np.array(picture).tolist() == [[[0, 128, 255]]]
     levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     assert (np.array(to_pil(levels / 255)[0])[..., 0] == levels[0, 0].numpy()).all()
+
+
+SMOOTH = """
+class Light:
+    def __call__(self, images, prompts, metadata):
+        return images.mean((1, 2, 3)).tolist()
+
+    def with_gradient(self, images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+light = Light()
+dark = Light()
+dark.with_gradient = lambda images, prompts, metadata: images.detach().mean((1, 2, 3))
+"""
+
+
+def test_an_object_with_a_gradient_keeps_it(tmp_path):
+    (tmp_path / "smooth.py").write_text(SMOOTH)
+    reward = load(f"{tmp_path}/smooth.py:light")
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    scores = reward.with_gradient(images, ["a", "b"], [{}, {}])
+    scores.sum().backward()
+    assert torch.equal(images.grad, torch.full_like(images, 1 / 48))
+    assert reward(images.detach(), ["a", "b"], [{}, {}]).tolist() == pytest.approx(scores.tolist())
+    with pytest.raises(UserError, match="depends on the pictures"):
+        load(f"{tmp_path}/smooth.py:dark").with_gradient(images, ["a", "b"], [{}, {}])

@@ -128,9 +128,9 @@ def test_the_push_of_the_gan_is_its_gradient_and_leaves_the_judge_alone(tiny_fol
 def test_the_judge_learns_to_tell_real_pictures_and_the_fake_learns_with_it(tiny_folder, lora):
     _, _, method = built(tiny_folder, lora)
     assert any(name.startswith("head.") for name in method.trained()[FAKE])
-    records = list(Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=3e-3), 8).run())
+    records = list(Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=3e-3), 12).run())
     assert records[-1].metrics["judge"] < 0.9 * records[0].metrics["judge"]
-    assert method.pictures.steps == list(range(16))  # other pictures for every update of the fake
+    assert method.pictures.steps == list(range(24))  # other pictures for every update of the fake
     assert {"fooled", "loss/fake", "loss/default"} <= set(records[0].metrics)
 
 

@@ -98,5 +98,7 @@ def test_it_trains_and_goes_on_where_it_was(tiny_folder):
 
 def test_a_reward_without_a_gradient_is_refused():
     with pytest.raises(UserError, match="'dark' has none"):
-        DMDR.check_rewards(DMDRConfig(), Composite({"dark": (lambda *_: None, 1.0)}), 4)
-    DMDR.check_rewards(DMDRConfig(), Composite({"light": (Light(), 1.0)}), 1)
+        DMDR.check_rewards(DMDRConfig(reward_start=0), Composite({"dark": (lambda *_: None, 1.0)}), 4, 8, 9)
+    with pytest.raises(UserError, match="the reward would never count"):
+        DMDR.check_rewards(DMDRConfig(), Composite({"light": (Light(), 1.0)}), 4, 8, 9)
+    DMDR.check_rewards(DMDRConfig(reward_start=0), Composite({"light": (Light(), 1.0)}), 1, 1, 9)

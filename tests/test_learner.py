@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from trimtab.errors import UserError
 from trimtab.learner import Learner, _buckets
 from trimtab.method import Loss
 from trimtab.optimizer import OptimizerConfig, lr_factor
@@ -180,8 +179,6 @@ def test_a_network_may_have_a_learning_rate_of_its_own():
     (record,) = trainer.run()
     assert (record.metrics["lr/a"], record.metrics["lr/b"]) == (0.01, 0.03)
     assert [o.param_groups[0]["lr"] for o in trainer.optimizers.values()] == [0.01, 0.03]
-    with pytest.raises(UserError, match="learning_rates names 'c'; the networks that learn are a, b"):
-        learner(apart, learning_rates={"c": 0.1})
 
 
 def test_a_record_averages_metrics_over_the_terms_and_counts_updates():

@@ -43,6 +43,12 @@ METHODS = {
     "diffusion-nft": {"method": {"name": "diffusion-nft", "num_train_times": 2}},
     "agsm": CAPTIONED,
     "dmd2": {"method": {"name": "dmd2", "fake_updates": 2}, "rewards": {}},
+    "dmd2, judged": {
+        "method": {"name": "dmd2", "fake_updates": 1, "gan_weight": 0.01, "real_guidance_scale": 2.0},
+        "rewards": {},
+        "data": {"prompts": "prompts.txt", "pictures": "pictures", "num_workers": 0},
+    },
+    "dmdr": {"method": {"name": "dmdr", "fake_updates": 1, "dynamic_steps": 3}, "rewards": {}},
     "gndm": {
         "method": {
             "name": "gndm",
@@ -523,7 +529,7 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(ready):
     collect = method.rollouts.collect
 
     class Spoilt:
-        config = method.rollouts.config
+        config, time_grid = method.rollouts.config, method.rollouts.time_grid
 
         def collect(self, step, role):
             rollout, log = collect(step, role)

@@ -184,7 +184,7 @@ def test_the_direction_leads_from_the_fakes_opinion_to_the_guided_teachers(face)
     r, n, times = own.direction(x, call, config)
     (t,) = own.matching_times(call, config)
     assert torch.equal(times, t)
-    y = face.process.noised(x, noise.normal(call.draw.keys(noise.MATCHING, 0), x.shape[1:]), t)
+    y = face.process.noised(x, noise.normal(call.draw.keys(noise.MATCHING, 0, 0), x.shape[1:]), t)
     real, fake = face.predict(y, t, condition, "ref", 2.0).x0, face.predict(y, t, condition, FAKE).x0
     assert gap(r, real - fake) < 1e-5
     assert gap(n, (x - real).abs().mean((1, 2, 3))) < 1e-5
@@ -296,13 +296,13 @@ def test_reused_rollouts_weigh_what_todays_student_would_rarely_do(face):
     path = own.path(draw, 3)
     call = replace(own.call(STUDENT, draw), k=2, t=own.times()[2], path=path)
     assert torch.equal(method._importance(call, draw.group), torch.ones(16))
-    assert torch.equal(method._importance(replace(call, k=0, reused=True), draw.group), torch.ones(16))
+    assert torch.equal(method._importance(replace(call, k=0, use=1), draw.group), torch.ones(16))
     with torch.no_grad():
-        unmoved = method._importance(replace(call, reused=True), draw.group)
+        unmoved = method._importance(replace(call, use=1), draw.group)
         assert gap(unmoved, torch.ones(16)) < 1e-3
         for parameter in face.roles.parameters(STUDENT).values():
             parameter += 0.05
-        weights = method._importance(replace(call, reused=True), draw.group)
+        weights = method._importance(replace(call, use=1), draw.group)
         for parameter in face.roles.parameters(STUDENT).values():
             parameter -= 0.05
     assert gap(weights, torch.ones(16)) > 0.01

@@ -41,6 +41,7 @@ from trimtab.worlds import blocks
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_STEPS = 40  # of a model that is no few-step student
 MIN_IMAGES = 3  # precision and recall look at the third neighbour
 DRIFT_TIMES = 4  # evenly over (0, 1)
 REAL_PER_PROMPT = 16  # drawn scenes of each prompt, the other side of the Frechet distance
@@ -53,7 +54,7 @@ class Setting:
 
     suite: str
     images_per_prompt: int = 4
-    num_inference_steps: int = 40
+    num_inference_steps: int = DEFAULT_STEPS
     guidance_scale: float = 1.0
     seed: int = 0
     resolution: int | None = None

@@ -15,8 +15,6 @@ from trimtab.rewards import build as build_rewards
 from trimtab.wiring import TRAINED, Display
 from trimtab.worlds.files import load_prompts
 
-DEFAULT_STEPS = 40  # of a model that is no student
-
 
 def evaluate_model(
     model: str,
@@ -90,7 +88,7 @@ def _opened(model: str, adapters: Sequence[str], precision: str, resolution: int
 
 def _setting(pipeline: Pipeline, num_inference_steps: int | None, **how: Any) -> evaluate.Setting:
     """A student is sampled as one, in the calls that it was made for, unless another number is asked for."""
-    steps = num_inference_steps or pipeline.num_calls or DEFAULT_STEPS
+    steps = num_inference_steps or pipeline.num_calls or evaluate.DEFAULT_STEPS
     return evaluate.Setting(num_inference_steps=steps, few_step=pipeline.few_step, **how)
 
 

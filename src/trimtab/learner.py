@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from trimtab.errors import UserError
 from trimtab.method import Method
 from trimtab.optimizer import OptimizerConfig, adamw, lr_factor, rate_of
 
@@ -42,12 +41,7 @@ class Learner:
     def __init__(self, method: Method, accelerator: Accelerator, config: OptimizerConfig, num_steps: int):
         self.method, self.accelerator, self.config, self.num_steps = method, accelerator, config, num_steps
         self.step = self.updates = 0
-        strange = set(config.learning_rates) - set(method.trained())
-        if strange:
-            raise UserError(
-                f"optimizer.learning_rates names {min(strange)!r}; the networks that learn are "
-                f"{', '.join(method.trained())}."
-            )
+        self.moved = False  # whether anything has been updated since the last whole step
         self.parameters = {name: _learning(name, weights) for name, weights in method.trained().items()}
         self.optimizers = {
             name: accelerator.prepare_optimizer(adamw(config, parameters.values()))
@@ -63,6 +57,7 @@ class Learner:
                 self._update(batch, log)
             log |= {name: [value] for name, value in self.method.after_step(self.step).items()}
             self.step += 1
+            self.moved = False
             yield Record(self.step, self._summary(log, time.perf_counter() - started))
 
     def state(self) -> dict[str, Any]:
@@ -103,6 +98,7 @@ class Learner:
             if total is not None:
                 self._move(name, total, log)
         self.updates += 1
+        self.moved = True
 
     def _agreed(self, network: str, total: Tensor | None) -> Tensor | None:
         """The mean of the processes' losses, their gradients averaged, too; None if no process has a term."""

@@ -76,7 +76,7 @@ class Rollouts:
         text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
         scored = self.rewards.score(images, text, metadata, group)
         seconds = {"seconds/sampling": sampled - started, "seconds/rewards": time.perf_counter() - sampled}
-        kept = self._comparable(scored.total, group)
+        kept = comparable(scored.total, group, self._everybody)
         reward = scored.total[kept].float()
         scaled = reward / (self._spread(reward, group[kept]) + ADVANTAGE_EPS)
         rollout = Rollout(
@@ -116,21 +116,6 @@ class Rollouts:
                 images.append(self.pipeline.decode(latents[-1]).cpu())
         return torch.cat(latents), torch.cat(images)
 
-    def _comparable(self, total: Tensor, group: Tensor) -> Tensor:
-        """Indices of the pictures that have a score and at least one scored sibling; RewardFailed, in every process,
-        where one of them is left without any."""
-        scored = total.isfinite()
-        siblings = torch.bincount(group, weights=scored.double())[group]
-        kept = (scored & (siblings > 1)).nonzero().squeeze(1)
-        left = torch.tensor([float(len(kept))], device=self.pipeline.device)
-        if not (left if self.gather is None else self.gather(left)).all():
-            raise RewardFailed(
-                f"only {int(scored.sum())} of {len(total)} pictures were scored, no two of them of one prompt"
-                if not len(kept)
-                else "on another process no two pictures of one prompt were scored"
-            )
-        return kept
-
     def _spread(self, reward: Tensor, group: Tensor) -> Tensor:
         """Standard deviation of the rewards: of each sample's siblings (B,), or over all processes, a scalar."""
         if self.config.advantage_std == "group":
@@ -142,8 +127,12 @@ class Rollouts:
         # Processes gather equal shapes only, and each may have lost pictures or have a prompt less.
         size = math.ceil(self.config.num_prompts / self.num_processes) * self.config.group_size
         padded = F.pad(reward, (0, size - len(reward)), value=math.nan)
-        everybody = self.gather(padded.to(self.pipeline.device)).cpu()
+        everybody = self._everybody(padded)
         return everybody[everybody.isfinite()].std(correction=0)
+
+    def _everybody(self, x: Tensor) -> Tensor:
+        """x (N,) of all processes, on the CPU."""
+        return x if self.gather is None else self.gather(x.to(self.pipeline.device)).cpu()
 
     def _log(self, scored: Scored, rollout: Rollout) -> dict[str, float]:
         log = {
@@ -158,6 +147,21 @@ class Rollouts:
             log[f"{family}/{name}/mean"] = known.mean().item() if len(known) else float("nan")
             log[f"{family}/{name}/std"] = known.std(correction=0).item() if len(known) else float("nan")
         return log | {f"failed/{name}": float(count) for name, count in scored.failed.items()}
+
+
+def comparable(total: Tensor, group: Tensor, everybody: Callable[[Tensor], Tensor]) -> Tensor:
+    """Indices of the pictures that have a score and at least one scored sibling; RewardFailed, in every process, where
+    one of them is left without any. `everybody` gathers a tensor (N,) of each process."""
+    scored = total.isfinite()
+    siblings = torch.bincount(group, weights=scored.double())[group]
+    kept = (scored & (siblings > 1)).nonzero().squeeze(1)
+    if not everybody(torch.tensor([float(len(kept))])).all():
+        raise RewardFailed(
+            f"only {int(scored.sum())} of {len(total)} pictures were scored, no two of them of one prompt"
+            if not len(kept)
+            else "on another process no two pictures of one prompt were scored"
+        )
+    return kept
 
 
 def share(prompts: Prompts, size: int, draw: int, seed: int, rank: int, num_processes: int) -> Prompts:

@@ -125,10 +125,15 @@ def _learn(run: Run) -> None:
                 _pictures(run, record.step)
             if record.step % training.checkpointing_steps == 0 or record.step == total:
                 _save(run)
-    except (RewardFailed, UserError) as error:  # raised between updates, so that the state is that after a step
-        _save(run)
+    except (RewardFailed, UserError) as error:
         cause = str(error).rstrip(".")
-        raise RunStopped(f"{cause}; the run is saved at step {run.learner.step}, mend this and --resume.") from error
+        if run.learner.moved:  # in the middle of a step, which a resume could not go on with
+            kept = checkpoint.latest(run.folder)
+            cause += "" if kept is None else f"; {kept.name} is the last whole one"
+        else:
+            _save(run)
+            cause += f"; the run is saved at step {run.learner.step}"
+        raise RunStopped(f"{cause}, mend this and --resume.") from error
     finally:
         if log is not None:
             log.close()
@@ -191,15 +196,17 @@ def _evaluate(run: Run, label: str, role: str, setting: evaluate.Setting) -> Non
 
 def _setting(run: Run) -> evaluate.Setting:
     config = run.config
+    student = config.method.name in DISTILLATION
+    calls = config.rollout.num_inference_steps if student else run.pipeline.num_calls
     return evaluate.Setting(
         suite=str(config.evaluation.suite),
         images_per_prompt=config.evaluation.images_per_prompt,
-        num_inference_steps=config.evaluation.num_inference_steps,
+        num_inference_steps=config.evaluation.num_inference_steps or calls or evaluate.DEFAULT_STEPS,
         guidance_scale=config.evaluation.guidance_scale,
         resolution=config.model.resolution,
         batch_size=config.rollout.sample_batch_size,
         precision=config.model.mixed_precision,
-        few_step=config.method.name in DISTILLATION or run.pipeline.few_step,
+        few_step=student or run.pipeline.few_step,
     )
 
 

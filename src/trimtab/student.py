@@ -23,11 +23,13 @@ from torch import Tensor
 from trimtab import noise
 from trimtab.batch import Condition, Prompts, whole_groups
 from trimtab.config import Strict
+from trimtab.errors import UserError
 from trimtab.matching import Normaliser, fake_score_loss, misfit, push_loss
 from trimtab.method import Loss
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.process import NUM_TIMESTEPS, logit_normal
+from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
 from trimtab.rollout import RolloutConfig, share
 from trimtab.solvers import few_step
@@ -114,7 +116,7 @@ class Call:
     t: Tensor  # scalar
     path: Tensor  # (k + 1 or more, B, C, h, w) inputs of the calls, path[k] that of the trained one
     advantage: Tensor | None = None  # (B,) of the finished sample, if it was scored
-    reused: bool = False  # whether the student has moved since it made the path
+    use: int = 0  # how many updates the path has served before
 
     def __len__(self) -> int:
         return len(self.draw)
@@ -258,7 +260,7 @@ class Student:
         total, sizes = torch.zeros_like(x), []
         times = self.matching_times(call, config) if times is None else times
         for number, t in enumerate(times.to(x.device)):
-            eps = noise.normal(call.draw.keys(noise.MATCHING, number), x.shape[1:]).to(x)
+            eps = noise.normal(call.draw.keys(noise.MATCHING, number, call.use), x.shape[1:]).to(x)
             y, condition = self.pipeline.process.noised(x, eps, t), call.draw.conditions()
             real, fake = [], []
             for part in torch.arange(len(x), device=x.device).split(self.batch_size):
@@ -269,11 +271,11 @@ class Student:
             real = torch.cat(real)
             total += real - torch.cat(fake)
             sizes.append(misfit(x, real))
-        return total / len(times), torch.stack(sizes).mean(0), times.mean(0)
+        return total / len(times), torch.stack(sizes).mean(0), times.mean(0).to(x.device)
 
     def matching_times(self, call: Call, config: StudentConfig) -> Tensor:
         """Times (M, B) at which student and teacher are compared."""
-        levels = torch.stack([self.levels(call.draw, config.times, m) for m in range(config.num_renoise)])
+        levels = torch.stack([self.levels(call.draw, config.times, m, use=call.use) for m in range(config.num_renoise)])
         return config.min_time + (config.max_time - config.min_time) * levels
 
     def reward_gradient(self, reward: Any, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -284,16 +286,18 @@ class Student:
             text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
             with torch.enable_grad():
                 leaf = x[part.to(x.device)].detach().requires_grad_()
-                score = reward.with_gradient(self.pipeline.decode(leaf), text, metadata)
+                score = _scored(reward, self.pipeline.decode(leaf), text, metadata)
                 found.append(torch.autograd.grad(score.nansum(), leaf)[0])
             scores.append(score.detach())
         return torch.cat(found), torch.cat(scores).nanmean()
 
-    def levels(self, draw: Draw, mode: TimeMode, comparison: int, purpose: int = noise.MATCHING) -> Tensor:
+    def levels(
+        self, draw: Draw, mode: TimeMode, comparison: int, purpose: int = noise.MATCHING, use: int = 0
+    ) -> Tensor:
         """Numbers (B,) in [0, 1): one a sample or one a group, evenly spread over all processes' if stratified."""
         num_prompts = min(self.config.num_prompts, len(self.prompts))
         size = num_prompts if mode.startswith("shared") else num_prompts * self.config.group_size
-        key = (self.seed, draw.step, draw.number, noise.TIMES, purpose, comparison)
+        key = (self.seed, draw.step, draw.number, noise.TIMES, purpose, comparison, use)
         level = noise.uniform([key], (size,))[0]
         if mode.endswith("stratified"):
             level = (torch.randperm(size, generator=noise.generator(*key, noise.ORDER)) + level) / size
@@ -315,6 +319,18 @@ class Student:
 
     def _predict(self, condition: Condition) -> Callable[[Tensor, Tensor], Prediction]:
         return lambda x_t, t: self.pipeline.predict(x_t, t, condition, STUDENT)
+
+
+def _scored(reward: Any, images: Tensor, text: list[str], metadata: list[dict]) -> Tensor:
+    """The scores (B,) of a reward with a gradient; RewardFailed where it raises."""
+    try:
+        return reward.with_gradient(images, text, metadata)
+    except UserError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise RewardFailed(
+            f"a reward failed where its gradient was asked for ({type(error).__name__}: {error})"
+        ) from error
 
 
 def fake_time(config: StudentConfig, levels: Tensor) -> Tensor:

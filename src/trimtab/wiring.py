@@ -88,6 +88,10 @@ def check(config: RunConfig) -> Inputs:
     """Read what the recipe names and be certain of the model: all that can fail before weights load."""
     if config.method.name in PRETRAIN:
         return Inputs()
+    strange = set(config.optimizer.learning_rates) - set(getattr(config.method, "trained_roles", (TRAINED,)))
+    if strange:
+        known = ", ".join(getattr(config.method, "trained_roles", (TRAINED,)))
+        raise UserError(f"optimizer.learning_rates names {min(strange)!r}; the networks that learn are {known}.")
     model = config.model.pretrained_model_name_or_path
     loading.resolve(model)
     loading.check_resolution(model, config.model.resolution)
@@ -116,6 +120,13 @@ def _distillation_inputs(config: RunConfig) -> Inputs:
         raise UserError(
             "a few-step student samples without guidance; leave rollout.guidance_scale and solver_order at 1."
         )
+    loading.check_teacher(config.model.pretrained_model_name_or_path, config.model.adapters)
+    calls = config.rollout.num_inference_steps
+    if config.evaluation.num_inference_steps not in (None, calls) or config.evaluation.guidance_scale != 1:
+        raise UserError(
+            f"a student of {calls} calls is sampled with {calls} and without guidance; give "
+            f"evaluation.num_inference_steps={calls} evaluation.guidance_scale=1."
+        )
     if config.method.name == "dmdr" and config.model.finetune_type != "lora":
         raise UserError("dmdr's teacher and fake share one LoRA; give model.finetune_type=lora.")
     prompts = _prompts(config)
@@ -125,7 +136,9 @@ def _distillation_inputs(config: RunConfig) -> Inputs:
     if getattr(config.method, "wants_pictures", False):
         pictures = load_pictures(config.data.pictures, config.data.on_error)
     if rewards is not None:
-        DISTILLATION[config.method.name].check_rewards(config.method, rewards, config.rollout.num_inference_steps)
+        calls, size = config.rollout.num_inference_steps, config.rollout.group_size
+        steps = config.training.max_train_steps
+        DISTILLATION[config.method.name].check_rewards(config.method, rewards, calls, size, steps)
     return Inputs(prompts=prompts, rewards=rewards, pictures=pictures, unseen=unseen)
 
 

@@ -40,7 +40,7 @@ from trimtab import noise
 from trimtab.batch import Condition
 from trimtab.captioned import Captioned
 from trimtab.errors import UserError
-from trimtab.matching import Normaliser, normalised_direction
+from trimtab.matching import normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.discriminator import Head, listening
@@ -53,7 +53,7 @@ class DMD2Config(StudentConfig):
 
     name: Literal["dmd2"] = "dmd2"
     real_guidance_scale: float = Field(8.0, ge=0)
-    normaliser: Normaliser = "sample"
+    normaliser: Literal["sample"] = "sample"
     times: TimeMode = "stratified"
     gan_weight: float = Field(0.0, ge=0)  # 0: no GAN, and no pictures are read
     gan_fake_weight: float = Field(0.01, ge=0)
@@ -87,7 +87,7 @@ class DMD2:
             self.head = Head(features.shape[1], features.shape[-1], self.student.seed).to(self.pipeline.device)
 
     @staticmethod
-    def check_rewards(config: DMD2Config, rewards: Composite, num_calls: int) -> None:
+    def check_rewards(config: DMD2Config, rewards: Composite, *sizes: int) -> None:
         """UserError: there is no place for rewards here."""
         raise UserError("dmd2 trains on no reward; leave `rewards` out, or take a recipe of gndm or dmdr.")
 

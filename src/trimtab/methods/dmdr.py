@@ -18,6 +18,7 @@ r, n and everything else are dmd2.py's. Departures from the code, which is for I
 2. Inputs of the trained call are made by backward simulation, with one call for a batch (student.py).
 3. Times are drawn evenly over the batch, through the quantiles of (2).
 4. The reward is any that has a gradient; the code's is the cross-entropy of a classifier.
+5. Times of (2) are mapped into [min_time, max_time], for the fake as well.
 """
 
 import math
@@ -32,7 +33,7 @@ from scipy.stats import beta
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
-from trimtab.matching import Normaliser, normalised_direction
+from trimtab.matching import normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.rewards.composite import Composite
@@ -46,7 +47,8 @@ class DMDRConfig(StudentConfig):
 
     name: Literal["dmdr"] = "dmdr"
     real_guidance_scale: float = Field(4.5, ge=0)
-    normaliser: Normaliser = "sample"
+    normaliser: Literal["sample"] = "sample"
+    fake_times: Literal["uniform"] = "uniform"  # of the levels; (2) bends them
     times: TimeMode = "stratified"
     dynamic_guidance: float = Field(0.75, ge=0, le=SHARE)
     dynamic_steps: int = Field(10_000, ge=0)  # 0: the teacher is the base, and times are uniform, from the start
@@ -78,12 +80,18 @@ class DMDR:
     update: int = 0
 
     @staticmethod
-    def check_rewards(config: DMDRConfig, rewards: Composite, num_calls: int) -> None:
+    def check_rewards(config: DMDRConfig, rewards: Composite, num_calls: int, group_size: int, num_steps: int) -> None:
         """UserError for a reward without a gradient."""
-        black = [n for n, (r, w) in rewards.rewards.items() if w and not hasattr(r, "with_gradient")]
+        if config.reward_start >= num_steps:
+            raise UserError(
+                f"method.reward_start is {config.reward_start}, and training has {num_steps} steps, so that the reward "
+                "would never count; make it smaller, or training.max_train_steps larger."
+            )
+        black = [n for n, (r, w) in rewards.rewards.items() if not (w and hasattr(r, "with_gradient"))]
         if black:
             raise UserError(
-                f"dmdr follows the gradient of its reward, and {black[0]!r} has none; give it weight 0, or take gndm."
+                f"dmdr follows the gradient of its rewards, and {black[0]!r} has none, or no weight; leave it out, "
+                "or take gndm."
             )
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -135,7 +143,6 @@ class DMDR:
         push = normalised_direction(r, n, call.draw.group.to(x.device), config.normaliser)
         if self.rewards is not None and self.update >= config.reward_start:
             for name, (reward, weight) in self.rewards.rewards.items():
-                if weight:
-                    gradient, metrics[f"rewards/{name}/mean"] = self.student.reward_gradient(reward, x, call)
-                    push = push + weight * x[0].numel() * gradient
+                gradient, metrics[f"rewards/{name}/mean"] = self.student.reward_gradient(reward, x, call)
+                push = push + weight * x[0].numel() * gradient
         return push, metrics

@@ -32,7 +32,7 @@ few-step students.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.process import Process, over
 from trimtab.rewards.composite import Composite
+from trimtab.rollout import ADVANTAGE_EPS, comparable
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Draw, Student, StudentConfig, TimeMode, fake_time
 
 
@@ -98,6 +99,15 @@ def score_direction(advantage: Tensor, ratio: Tensor, clip: float, z: Tensor) ->
     return over(weight, z) * z
 
 
+def standardised(raw: Tensor, group: Tensor, everybody: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """Eq. 4: R~ (B,) of one reward's scores (B,), NaN where there is none; s over the groups of all processes."""
+    known = raw.isfinite()
+    centred = torch.full_like(raw, torch.nan)
+    centred[known] = groups.centred(raw[known], group[known])
+    shared = everybody(centred)
+    return centred / (shared[shared.isfinite()].square().mean().sqrt() + ADVANTAGE_EPS)
+
+
 @dataclass
 class Balance:
     """Eq. 6, 7: how large a reward's push is beside that of distribution matching."""
@@ -130,6 +140,8 @@ class Balance:
     def observe(self, rms: dict[str, float], misfit: float) -> None:
         """Take in what an update showed: rms of A and of gradients, and mean |r| / n_g."""
         config = self.config
+        if not all(map(math.isfinite, (misfit, *rms.values()))):
+            misfit, rms = self.misfit or 0.0, {name: 0.0 for name in rms}  # the learner skips such an update, too
         self.misfit = misfit if self.misfit is None else 0.95 * self.misfit + 0.05 * misfit
         if self.calibrates:
             self.sizes = {name: self.sizes.get(name, 0.0) + value for name, value in rms.items()}
@@ -158,13 +170,20 @@ class GNDM:
     rewards: Composite | None = None
 
     @staticmethod
-    def check_rewards(config: GNDMConfig, rewards: Composite, num_calls: int) -> None:
+    def check_rewards(config: GNDMConfig, rewards: Composite, num_calls: int, group_size: int, num_steps: int) -> None:
         """UserError where rewards could not be weighed, or could not teach."""
+        if config.reward_start >= num_steps * config.reuse:
+            raise UserError(
+                f"method.reward_start is {config.reward_start}, and the student is updated {num_steps * config.reuse} "
+                "times, so that rewards would never count; make it smaller, or training.max_train_steps larger."
+            )
         if not config.reward_start:
             raise UserError(
                 "method.reward_start is 0; rewards are weighed by what a cold start shows, give it 20 or more."
             )
         black = [n for n, (r, w) in rewards.rewards.items() if w and not hasattr(r, "with_gradient")]
+        if black and group_size == 1:
+            raise UserError("rollout.group_size is 1; give 2 or more, for rewards are compared among siblings.")
         if black and num_calls == 1:
             raise UserError(
                 f"reward {black[0]!r} has no gradient, and a student of one call adds no noise that it could judge; "
@@ -177,7 +196,8 @@ class GNDM:
         weighted = {} if self.rewards is None else {n: (r, w) for n, (r, w) in self.rewards.rewards.items() if w}
         self.smooth = {n: (r, w) for n, (r, w) in weighted.items() if hasattr(r, "with_gradient")}
         self.black = {n: w for n, (_, w) in weighted.items() if n not in self.smooth}
-        self.seen: list[dict[str, float]] = []  # of the packs of an update
+        self.seen: list[dict[str, float]] = []  # mean squares in the packs of an update, and mean |r| / n_g
+        self.errors: list[tuple[Tensor, Tensor]] = []  # n and t in the packs of an update
         self.log: dict[str, float] = {}
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -197,7 +217,9 @@ class GNDM:
             yield from self.student.fake_calls(step, range(1 + use * each, 1 + (use + 1) * each), draws)
             if not (step or use):
                 yield from self.student.fake_calls(step, range(draws, draws + self.config.fake_warmup), draws)
-            yield replace(first, k=k, t=self.student.times()[k], reused=use > 0)
+            yield replace(first, k=k, t=self.student.times()[k], use=use)
+            if self.config.ema_decay is not None:
+                self.pipeline.roles.blend(AVERAGE, STUDENT, self.config.ema_decay)
 
     def losses(self, call: Call) -> Iterator[Loss]:
         if call.network == FAKE:
@@ -212,8 +234,6 @@ class GNDM:
         self.balance.observe(mean, mean.pop("misfit"))
 
     def after_step(self, step: int) -> dict[str, float]:
-        if self.config.ema_decay is not None:
-            self.pipeline.roles.blend(AVERAGE, STUDENT, self.config.ema_decay)
         self.log |= self.student.log(step, self.config, self.config.reuse)
         return self.log | {"gate": self.balance.gate, "relative_misfit": self.balance.misfit}
 
@@ -222,9 +242,10 @@ class GNDM:
 
     def _rollout(self, draw: Draw, calls: list[int]) -> Call:
         """The path that all uses share: to the last call among them, or to its end where pictures are scored."""
-        scored = bool(self.black) and self.balance.rewards_count
+        scored = self.rewards is not None and len(self.smooth) < len(self.rewards.rewards)
         path = self.student.path(draw, self.student.num_steps if scored else max(calls))
         advantage = self._advantage(draw, path[-1]) if scored else None
+        advantage = advantage if self.black and self.balance.rewards_count else None  # until then they are only watched
         return Call(STUDENT, draw, calls[0], self.student.times()[calls[0]], path, advantage)
 
     @torch.no_grad()
@@ -235,50 +256,55 @@ class GNDM:
         text = [draw.prompts.text[g] for g in draw.group]
         metadata = [dict(draw.prompts.metadata[g]) for g in draw.group]
         scored = self.rewards.score(images, text, metadata, draw.group)
+        comparable(scored.total, draw.group, self.student.everybody)  # or RewardFailed, everywhere
         total = torch.where(scored.total.isnan(), torch.nan, 0.0)
         self.log |= {"reward": scored.total.nanmean().item()}
+        self.log |= {f"failed/{name}": float(count) for name, count in scored.failed.items()}
         for name, raw in scored.raw.items():
             if name not in self.smooth:
                 self.log[f"{'rewards' if name in self.black else 'watched'}/{name}/mean"] = raw.nanmean().item()
             if name in self.black:
-                centred = groups.centred(raw, draw.group).nan_to_num(0.0)  # 0 too where a reward does not apply
-                spread = self.student.everybody(centred).std(correction=0)
-                score = (centred / (spread + 1e-4)).clamp(-self.config.max_advantage, self.config.max_advantage)
-                total += self.black[name] * score
+                limit = self.config.max_advantage
+                score = standardised(raw, draw.group, self.student.everybody).clamp(-limit, limit)
+                total += self.black[name] * score.nan_to_num(0.0)  # 0 where it does not apply
         return total
 
     def _update(self, x: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 1 to 3 for whole groups x (B, ...)."""
         config, group = self.config, call.draw.group.to(x.device)
         r, n, t = self.student.direction(x, call, config)
-        if config.normaliser == "binned":
-            self.bins.update(self.student.everybody(n), self.student.everybody(t))
-        typical = self.bins.at(t) if config.normaliser == "binned" else None
+        typical = self.bins.at(t)
+        typical = torch.where(typical.isnan(), n, typical)  # a bin that has seen nothing yet
         move = normalised_direction(r, n, group, config.normaliser, typical=typical)
         relative = (r.flatten(1).abs().mean(1) / groups.means(n, group)).mean()
-        seen = {"misfit": relative.item(), "": _rms(move)}
+        seen = {"misfit": relative.item(), "": move.square().mean().item()}
         push = over(self._importance(call, group), move) * move
         metrics = {"direction": r.abs().mean(), "misfit": n.mean()}
         for name, (reward, weight) in (
             self.smooth.items() if self.balance.calibrates or self.balance.rewards_count else ()
         ):
             gradient, metrics[f"rewards/{name}/mean"] = self.student.reward_gradient(reward, x, call)
-            seen[name] = _rms(gradient)
+            seen[name] = gradient.square().mean().item()
             if self.balance.rewards_count:
                 push = push + weight * self.balance.share() * self._scaled(name, gradient, seen)
         if call.advantage is not None and call.k < self.student.num_steps - 1:
             push = push + self.balance.share() * self._size("", seen) * self._score(x, call)
         self.seen.append(seen)
+        self.errors.append((n, t))
         return push, metrics
 
+    @torch.no_grad()
     def _importance(self, call: Call, group: Tensor) -> Tensor:
         """omega (B,): how much likelier today's student would come to the trained call's input."""
-        if not call.reused or self.config.importance_clip is None or call.k == 0:
+        if call.use == 0 or self.config.importance_clip is None or call.k == 0:
             return torch.ones(len(call), device=group.device)
         noises, times = self.student.noises(call.draw), self.student.times()
         total = torch.zeros(len(call), device=group.device)
         for j in range(call.k):
-            x0 = self.student.x0(replace(call, k=j, t=times[j]))
+            earlier = replace(call, k=j, t=times[j])
+            x0 = torch.cat(
+                [self.student.x0(earlier[part]) for part in torch.arange(len(call)).split(self.student.batch_size)]
+            )
             total += log_ratio(x0, call.path[j + 1], noises[j + 1], times[j + 1], self.pipeline.process)[0]
         return importance_weights(total, group, self.config.importance_clip)
 
@@ -286,7 +312,7 @@ class GNDM:
         """Eq. 5 for rewards without a gradient."""
         z, t_next = self.student.noises(call.draw)[call.k + 1], self.student.times()[call.k + 1]
         log_rho, now = log_ratio(x, call.path[call.k + 1], z, t_next, self.pipeline.process)
-        ratio = log_rho.exp() if call.reused else torch.ones_like(log_rho)  # exactly 1 at first
+        ratio = log_rho.exp() if call.use else torch.ones_like(log_rho)  # exactly 1 at first
         return score_direction(call.advantage.to(x), ratio, self.config.ratio_clip, now)
 
     def _scaled(self, name: str, gradient: Tensor, seen: dict[str, float]) -> Tensor:
@@ -297,8 +323,5 @@ class GNDM:
         return self._size("", seen) / max(size, 1e-12) * over(limit, gradient) * gradient
 
     def _size(self, name: str, seen: dict[str, float]) -> float:
-        return seen[name] if self.config.weighting == "grad_norm" else self.balance.size(name)
-
-
-def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
+        """The rms of A (""), or of a reward's gradient, by which pushes are scaled."""
+        return math.sqrt(seen[name]) if self.config.weighting == "grad_norm" else self.balance.size(name)

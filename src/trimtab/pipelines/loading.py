@@ -190,6 +190,16 @@ def check_adapters(adapters: Sequence[str], model: str) -> Adapters:
     return find(adapters, skeleton(model), model) if adapters else Adapters()
 
 
+def check_teacher(model: str, adapters: Sequence[str]) -> None:
+    """UserError for a model that is a few-step student, by itself or by a LoRA: it can't teach one."""
+    config = _json(resolve(model), "scheduler/scheduler_config.json", model)
+    few = config.get("_class_name") == "LCMScheduler" or config.get("stochastic_sampling")
+    students = [name for name in adapters if (Path(name) / "scheduler").is_dir()]
+    if few or students or model in STUDENTS:
+        found = f"adapter {students[0]!r}" if students else f"model {model!r}"
+        raise UserError(f"{found} is a few-step student, and no teacher for one; give the model that it was made from.")
+
+
 def check_tokens(settings: TokenSettings, model: str) -> None:
     """UserError unless the model has a place for such soft tokens. Loads no weights."""
     sites(skeleton(model), settings)

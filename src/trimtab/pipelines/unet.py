@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trimtab.errors import UserError
 from trimtab.prediction import Kind
-from trimtab.process import VariancePreserving
+from trimtab.process import NUM_TIMESTEPS, VariancePreserving
 from trimtab.solvers import vp_few_step_grid, vp_time_grid
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -53,8 +53,12 @@ def check_scheduler(name: str | None, config: Mapping[str, Any], model: str) -> 
         raise UserError(f"model {model!r} has a {name}; give it one of {', '.join(SCHEDULERS)}.")
     for key, parameter in inspect.signature(SCHEDULERS[name]).parameters.items():
         value = config.get(key, parameter.default)
-        if key in UNDERSTOOD and value not in UNDERSTOOD[key]:
-            known = " or ".join(repr(each) for each in UNDERSTOOD[key] if each is not None)
+        if name == "LCMScheduler" and key == "original_inference_steps":
+            known = (config.get("num_train_timesteps", NUM_TIMESTEPS),)  # or its rows would be others than a student's
+        else:
+            known = UNDERSTOOD.get(key, (value,))
+        if value not in known:
+            known = " or ".join(repr(each) for each in known if each is not None)
             raise UserError(
                 f"the scheduler of model {model!r} has {key}={value!r} and trimtab needs {known}; "
                 "take another model, or save it with another scheduler."

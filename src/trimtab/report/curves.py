@@ -19,6 +19,21 @@ LINES = {  # key in metrics.jsonl -> (title, unit, what to look at)
         "KL",
         "A slow rise is the price of learning. A sudden one means that the anchor no longer holds.",
     ),
+    "relative_misfit": (
+        "How far the student is from its teacher",
+        "difference of teacher and fake, in units of their error",
+        "It starts at what guidance alone makes, and should fall.",
+    ),
+    "loss/fake": (
+        "Loss of the fake network",
+        "denoising error",
+        "It should stay flat. A rise means that the student runs from the fake.",
+    ),
+    "gate": (
+        "Gate of the rewards",
+        "factor",
+        "Near its floor, rewards want more than the student may leave its teacher for.",
+    ),
     "diversity": (
         "Diversity among siblings",
         "distance of features",

@@ -66,6 +66,21 @@ class BatchFunction:
 
 
 @dataclass(frozen=True)
+class SmoothFunction(BatchFunction):
+    """The same for an object whose `with_gradient`, of that signature, gives a tensor that pictures can learn from."""
+
+    def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        scores = self.function.with_gradient(images=images, prompts=prompts, metadata=metadata)
+        if not isinstance(scores, Tensor) or scores.shape != images.shape[:1] or not scores.requires_grad:
+            found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise UserError(
+                f"reward {self.reference!r} returned {found} from with_gradient; return a tensor ({len(images)},) that "
+                "depends on the pictures."
+            )
+        return scores
+
+
+@dataclass(frozen=True)
 class ColumnsFunction:
     """Adapts `fn(prompts, images, **columns)`; `accepted` None stands for any column."""
 
@@ -126,7 +141,8 @@ def _adapter(function: Callable[..., Any], reference: str) -> "Reward":
     required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     anything = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
     if named >= {"images", "prompts", "metadata"} >= required:
-        return BatchFunction(function, reference)
+        smooth = hasattr(function, "with_gradient")
+        return SmoothFunction(function, reference) if smooth else BatchFunction(function, reference)
     if "metadata" in named or required - named or not ("images" in named or anything):
         raise UserError(f"reward {reference!r} has the signature {signature}; expected {_SIGNATURES}, by these names.")
     return ColumnsFunction(function, reference, None if anything else frozenset(named), frozenset(required))
