@@ -225,7 +225,7 @@ def matched(base, normaliser, num_updates, total=1500):
     student, fake, average = (copy.deepcopy(base) for _ in range(3))
     optimizers = {
         network: (torch.optim.Adam(network.parameters(), betas=(0.0, 0.99)), rate)
-        for network, rate in ((student, 1.7e-4), (fake, 6e-4))
+        for network, rate in ((student, 2.2e-4), (fake, 1.1e-3))
     }
     times, group = few_step_grid(NUM_CALLS), torch.arange(BATCH // GROUP).repeat_interleave(GROUP)
 
