@@ -8,6 +8,7 @@ student's, exactly: both lists are Moebius maps of an even grid, and the shift i
 
 from typing import Any
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
@@ -48,6 +49,8 @@ def num_calls(scheduler: Any) -> int | None:
 
 def times_of(scheduler: FlowMatchEulerDiscreteScheduler, num_calls: int) -> Tensor:
     """Falling times (T + 1,) at which a student of rectified flow is called."""
+    if num_calls == 1:
+        return torch.tensor([1.0, 0.0])  # to which nothing can be stretched
     scheduler.set_timesteps(num_calls)
     return scheduler.sigmas.clone()
 
