@@ -3,6 +3,7 @@
     python benchmarks/agsm.py [--steps 300] [--seeds 0 1 2] [--crd runs/crd-micro/export]
     python benchmarks/agsm.py --study [--steps 300]      # tokens, layers, temperature, gammas: one seed each
     python benchmarks/agsm.py --cost                     # time against plain passes, memory against `rows`
+    python benchmarks/agsm.py --attention runs/agsm-micro/export    # the share that pixels give to the tokens
 
 All runs see the same captioned pictures in the same order, with the same noise. Scores are of the test prompts of
 blocks, 4 pictures each. Writes benchmarks/results/agsm*.{json,md}. A run that is finished already is not run again.
@@ -17,13 +18,16 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from trimtab import run
 from trimtab.batch import Captions
 from trimtab.cli import Terminal
+from trimtab.evaluate import Setting, generate
 from trimtab.methods import agsm
 from trimtab.pipelines import loading
-from trimtab.pipelines.soft_tokens import TokenSettings
+from trimtab.pipelines.soft_tokens import TokenSettings, load_soft_tokens
+from trimtab.worlds.files import load_prompts
 
 RESULTS = Path(__file__).parent / "results"
 VARIANTS = {  # name -> recipe and changes
@@ -169,6 +173,32 @@ def cost() -> str:
     return "\n".join(lines) + "\n"
 
 
+def attention(folder: Path) -> str:
+    """What pixels of micro attend to in each block: a mean over heads, four times and eight test prompts."""
+    pipeline, shares = loading.load_for_sampling("micro"), []
+    load_soft_tokens(pipeline.pipe, folder)
+    product = F.scaled_dot_product_attention
+
+    def counted(query, key, value, attn_mask=None, **other):
+        if other:  # a text encoder's
+            return product(query, key, value, attn_mask=attn_mask, **other)
+        weights = (query @ key.mT / query.shape[-1] ** 0.5 + attn_mask).softmax(-1)
+        num_pixels, folded = 16, int(attn_mask[0, 0, 0].argmax())  # the token that stands for T5's 256 equal ones
+        of_pixels = weights[:, :, :num_pixels].mean((0, 1, 2))
+        shares.append([of_pixels[:num_pixels].sum(), of_pixels[folded], of_pixels[folded + 1 :].sum()])
+        return product(query, key, value, attn_mask=attn_mask)
+
+    F.scaled_dot_product_attention = counted
+    prompts = load_prompts("blocks", "test")[list(range(0, 136, 17))]
+    setting = Setting(suite="", num_inference_steps=4)
+    generate(pipeline, "default", prompts, torch.arange(8), list(range(8)), setting)
+    F.scaled_dot_product_attention = product
+    means = torch.tensor(shares).unflatten(0, (4, -1)).mean(0)
+    lines = ["| block | pixels | T5's 256 | soft tokens |", "| --- | --- | --- | --- |"]
+    lines += [f"| {i} | {p:.3f} | {t:.3f} | {s:.3f} |" for i, (p, t, s) in enumerate(means.tolist())]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
@@ -179,9 +209,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs"))
     parser.add_argument("--study", action="store_true")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--attention", type=Path, metavar="EXPORT")
     parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
+    if given.attention:
+        print(attention(given.attention))
+        return
     if given.peak:
         method, batch = ready(*given.peak)
         for _ in range(2):

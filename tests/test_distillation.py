@@ -154,7 +154,7 @@ FLOW = RectifiedFlow()
 
 def eight_prompts():
     generator = torch.Generator().manual_seed(0)
-    means = 0.8 * torch.randn(NUM_PROMPTS, 4, DIM, generator=generator)
+    means = 0.7 * torch.randn(NUM_PROMPTS, 4, DIM, generator=generator)
     weights = torch.rand(NUM_PROMPTS, 4, generator=generator) + 0.3
     return [Mixture(w / w.sum(), m, 0.3) for w, m in zip(weights, means, strict=True)]
 
@@ -190,7 +190,7 @@ def by_prompt(function, x, prompt):
     return out
 
 
-def regressed(num_steps=2000):
+def regressed(num_steps=3000):
     """A network that has learned the teacher's field by flow matching."""
     generator = torch.Generator().manual_seed(1)
     network = Network()
@@ -287,4 +287,4 @@ def test_neural_students_come_as_near_to_the_mixture_as_they_should(base, normal
 
 
 def test_a_direction_less_its_siblings_mean_loses_the_mixture(base):
-    assert matched(base, "centred", rate=4e-4) > 0.4  # at 2e-4 it is past .3, and rising
+    assert matched(base, "centred", rate=6e-4) > 0.4
