@@ -116,9 +116,10 @@ def test_a_misspelt_key_is_refused_with_the_nearest_name(refused, recipe, overri
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("rollout.group_size=four", "an integer > 1"),
-        ("rollout.group_size=1", "an integer > 1"),
-        ("rollout.group_size=2.5", "an integer > 1"),
+        ("rollout.group_size=four", "an integer > 0"),
+        ("rollout.group_size=0", "an integer > 0"),
+        ("rollout.group_size=1", "give 2 or more, for samples are compared with their siblings"),
+        ("rollout.group_size=2.5", "an integer > 0"),
         ("rollout.guidance_scale=-1", "a number >= 0"),
         ("rollout.num_prompts=", "an integer > 0"),
         ("evaluation.guidance_scale=-0.5", "a number >= 0"),
@@ -293,7 +294,7 @@ def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
     [
         ("no/such/folder", "no folder"),
         ("folder", "has no model_index.json"),
-        ("other", "is a FluxPipeline; trimtab supports StableDiffusion3Pipeline"),
+        ("other", "is a KandinskyPipeline; trimtab supports StableDiffusion3Pipeline"),
         ("damaged", "is not JSON"),
         ("somebody/model", "not to be had from the hub"),
     ],
@@ -304,7 +305,7 @@ def test_a_model_that_is_no_pipeline_of_ours_is_refused(refused, recipe, tmp_pat
 
     if model == "somebody/model":
         monkeypatch.setattr(loading, "hf_hub_download", offline)
-    for name, index in (("folder", None), ("other", '{"_class_name": "FluxPipeline"}'), ("damaged", "{")):
+    for name, index in (("folder", None), ("other", '{"_class_name": "KandinskyPipeline"}'), ("damaged", "{")):
         (tmp_path / name).mkdir()
         if index:
             write(tmp_path / name / "model_index.json", index)

@@ -154,7 +154,7 @@ FLOW = RectifiedFlow()
 
 def eight_prompts():
     generator = torch.Generator().manual_seed(0)
-    means = 0.7 * torch.randn(NUM_PROMPTS, 4, DIM, generator=generator)
+    means = 0.6 * torch.randn(NUM_PROMPTS, 4, DIM, generator=generator)
     weights = torch.rand(NUM_PROMPTS, 4, generator=generator) + 0.3
     return [Mixture(w / w.sum(), m, 0.3) for w, m in zip(weights, means, strict=True)]
 
@@ -277,7 +277,7 @@ def base():
         return regressed()
 
 
-# Measured: .156 at the start; after 1,500 updates DMD .048, GNDM .047; the centred direction .4 and rising after 500.
+# Measured: .136 at the start; after 1,500 updates DMD .059, GNDM .048; with the centred direction .59.
 
 
 @pytest.mark.parametrize(("normaliser", "bar"), [("sample", 0.065), ("group_mean", 0.060)])

@@ -75,7 +75,11 @@ def test_a_folder_saved_for_pictures_to_pictures_is_the_same_model(changed, buil
             "has prediction_type='sample' and trimtab needs 'epsilon' or 'v_pred",
         ),
         (SCHEDULER, {"timestep_spacing": "linspace"}, "has timestep_spacing='linspace' and trimtab needs 'leading' or"),
-        ("model_index.json", {"scheduler": ["diffusers", "LCMScheduler"]}, "has a LCMScheduler; give it one of DDIM"),
+        (
+            "model_index.json",
+            {"scheduler": ["diffusers", "UniPCMultistepScheduler"]},
+            "has a UniPCMultistepScheduler; give it one of DDIM",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_weights")

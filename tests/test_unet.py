@@ -251,7 +251,12 @@ def test_the_grid_is_the_rows_that_the_scheduler_visits_and_where_it_ends(schedu
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("LCMScheduler", {}, "model 'mine' has a LCMScheduler; give it one of DDIMScheduler, PNDM"),
+        (
+            "UniPCMultistepScheduler",
+            {},
+            "model 'mine' has a UniPCMultistepScheduler; give it one of DDIMScheduler, PNDM",
+        ),
+        ("LCMScheduler", {}, "has original_inference_steps=50 and trimtab needs 1000"),
         (None, {}, "model 'mine' has a None; give it one of"),
         (
             "DDIMScheduler",
