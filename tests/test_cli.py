@@ -1,6 +1,7 @@
 """Bad input is one sentence on stderr and exit code 2, before any weights load; and what the recipes are."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from trimtab.cli import main
 from trimtab.files import lock
-from trimtab.pipelines import adapters, loading
+from trimtab.pipelines import adapters, few_step, loading
 from trimtab.pipelines.sd3 import SD3
 from trimtab.run import RECIPES, load_config
 
@@ -283,6 +284,38 @@ def test_facts_about_another_world_are_refused(refused, recipe, tmp_path):
 def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
     sentence = refused("train", recipe(rewards={"geneval": 1.0}), "data.prompts=blocks", "evaluation.suite=prompts.txt")
     assert "prompts.txt, line 1" in sentence
+
+
+# Students
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "says"),
+    [
+        ({"name": "dmdr"}, ["rewards={}", "model.finetune_type=full"], "give model.finetune_type=lora"),
+        ({"name": "gndm"}, ["rewards={}", "rollout.guidance_scale=3"], "samples without guidance"),
+        ({"name": "gndm"}, ["rewards={}", "evaluation.num_inference_steps=8"], "a student of 2 calls"),
+        ({"name": "gndm"}, ["rewards={}", "evaluation.guidance_scale=3"], "evaluation.guidance_scale=1"),
+        ({"name": "gndm"}, ["rewards={}", "optimizer.learning_rates={student: 0.1}"], "that learn are default, fake"),
+        ({"name": "gndm"}, [], "reward_start is 0; rewards are weighed by what a cold start shows"),
+        ({"name": "gndm", "reward_start": 5}, [], "so that rewards would never count"),
+        ({"name": "dmd2"}, [], "dmd2 trains on no reward"),
+        ({"name": "dmdr", "reward_start": 0}, [], "'reward.py:brightness' has none"),
+        ({"name": "dmd2", "normaliser": "binned"}, ["rewards={}"], "method.normaliser"),
+        ({"name": "crd"}, ["optimizer.learning_rates={fake: 0.1}"], "that learn are default"),
+    ],
+)
+def test_a_student_that_could_not_learn_what_is_asked_is_refused(refused, recipe, method, words, says):
+    assert says in refused("train", recipe(method=method), *words)
+
+
+def test_a_student_is_no_teacher_of_students(refused, recipe, tmp_path, tiny_folder):
+    shutil.copytree(tiny_folder, tmp_path / "student")
+    few_step.flow_scheduler(4, 1.0).save_pretrained(tmp_path / "student" / "scheduler")
+    sentence = refused(
+        "train", recipe(method={"name": "gndm"}), "rewards={}", "model.pretrained_model_name_or_path=student"
+    )
+    assert "'student' is a few-step student, and no teacher for one" in sentence
 
 
 # Models and adapters
