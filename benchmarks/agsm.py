@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tables import table
 
 from trimtab import run
 from trimtab.batch import Captions
@@ -75,20 +76,6 @@ def numbers(folder: Path, label: str = "trained") -> dict[str, float]:
     scores = {"strict": strict["overall"]["mean"]} | {tag: value["mean"] for tag, value in strict["tags"].items()}
     scores["recognizer"] = results["scores"]["recognizer"]["overall"]["mean"]
     return scores | {"frechet": results["frechet_distance"], "diversity": results["diversity"]}
-
-
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: means over seeds, and for the overall score the range."""
-    columns = list(next(iter(rows.values()))[0])
-    lines = ["| | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for name, runs in rows.items():
-        cells = []
-        for column in columns:
-            values = [each[column] for each in runs]
-            spread = f" ({min(values):.3f} to {max(values):.3f})" if column == "strict" and len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
+from tables import table
 
 from trimtab import evaluate, run
 from trimtab.batch import Prompts
@@ -100,20 +101,6 @@ def numbers(folder: Path, of_teacher: torch.Tensor) -> dict[str, float]:
     }
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: means over seeds, and for the overall score the range."""
-    columns = list(next(iter(rows.values()))[0])
-    lines = ["| | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for name, runs in rows.items():
-        cells = []
-        for column in columns:
-            values = [each[column] for each in runs]
-            spread = f" ({min(values):.3f} to {max(values):.3f})" if column == "strict" and len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     folders = {steps: teacher(steps, given.output, given.display) for steps in TEACHER_STEPS}
     of_teacher = features(folders[max(TEACHER_STEPS)])
@@ -127,16 +114,17 @@ def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
 
 def reuse(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """The same number of student updates from fewer rollouts."""
-    of_teacher, rows, total = features(teacher(30, given.output, given.display)), {}, given.steps
+    of_teacher, rows = features(teacher(30, given.output, given.display)), {}
     for uses in (1, 2, 4):
-        given.steps = total // uses
-        runs = [trained("GNDMR", 4, seed, given, [f"method.reuse={uses}"]) for seed in given.seeds]
+        rollouts = given.steps // uses
+        changes = [f"method.reuse={uses}", f"training.max_train_steps={rollouts}"]
+        runs = [trained("GNDMR", 4, seed, given, changes) for seed in given.seeds]
         found = []
         for folder in runs:
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             seconds = sum(line["seconds/step"] for line in lines if "seconds/step" in line)
             found.append(
-                {"rollouts": given.steps, "seconds": seconds} | numbers(folder / "evaluation" / "trained", of_teacher)
+                {"rollouts": rollouts, "seconds": seconds} | numbers(folder / "evaluation" / "trained", of_teacher)
             )
         rows[f"reuse {uses}"] = found
     return rows
