@@ -27,6 +27,16 @@ from trimtab.solvers import few_step, few_step_grid, time_grid
 from trimtab.student import FAKE, STUDENT, Student
 from trimtab.worlds.gaussians import Mixture
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These networks are too small to be shared by two."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
 MODES = Mixture(torch.tensor([0.5, 0.3, 0.2]), torch.tensor([[-1.5, 0.0], [1.2, 1.2], [1.2, -1.2]]), 0.4)
 
 
