@@ -305,3 +305,23 @@ def test_what_a_reward_needs_is_said_before_anything_loads():
     with pytest.raises(UserError, match="updated 18 times, so that rewards would never count"):
         GNDM.check_rewards(GNDMConfig(reward_start=18, reuse=2), Composite({"light": (Smooth(), 1.0)}), 4, 8, 9)
     GNDM.check_rewards(GNDMConfig(reward_start=1), Composite({"light": (Smooth(), 1.0)}), 1, 1, 9)
+
+
+def test_an_update_tells_the_balance_its_sizes_and_the_bins_its_errors_however_it_is_cut(tiny_folder):
+    found = []
+    for size in (32, 8):
+        _, student, method = built(tiny_folder, Smooth(), reward_start=2, calibration=2, normaliser="binned")
+        method.student = replace(student, batch_size=size)
+        call = method.student.call(STUDENT, student.draw(0, 0, 2))
+        x = student.x0(call).detach()
+        r, n, _ = student.direction(x, call, method.config)
+        for loss in method.losses(call):
+            assert loss.network == STUDENT
+        # Nothing is in the bins yet, so each sample's own error is its divisor.
+        expected = (r / n[:, None, None, None]).square().mean().sqrt().item()
+        assert method.balance.sizes[""] == pytest.approx(expected, rel=1e-3)
+        found.append((method.balance.sizes["light"], method.balance.misfit, method.bins.sums.clone()))
+        assert method.bins.counts.sum() == 32
+        assert method.bins.sums.sum().item() == pytest.approx(n.sum().item(), rel=1e-4)
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-3)
+    assert gap(found[0][2], found[1][2]) < 1e-4

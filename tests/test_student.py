@@ -161,6 +161,17 @@ def test_the_size_of_a_micro_batch_changes_no_gradient(face, network, normaliser
         assert gap(found[network], expected) < 2e-5 * expected.abs().max()
 
 
+@torch.no_grad()
+def test_the_fakes_loss_is_denoising_of_the_students_samples(face):
+    own = student(face)
+    call = own.call(FAKE, own.draw(0, 1, 3))
+    t = torch.linspace(0.1, 0.9, 8)
+    (loss,) = own.fake_losses(call, lambda levels: t)
+    x0, eps = own.x0(call), noise.normal(call.draw.keys(noise.FAKE), call.path.shape[2:])
+    said = face.predict(face.process.noised(x0, eps, t), t, call.draw.conditions(), FAKE).value
+    assert loss.value.item() == pytest.approx((said - (eps - x0)).square().mean().item(), rel=1e-4)
+
+
 def test_the_push_is_dmds_gradient_at_the_trained_call(face):
     own = student(face)
     call = own.call(STUDENT, own.draw(0, 0, 3))

@@ -225,13 +225,15 @@ class GNDM:
         if call.network == FAKE:
             yield from self.student.fake_losses(call, partial(fake_time, self.config))
             return
-        self.seen = []
+        self.seen, self.errors = [], []
         yield from self.student.push_losses(call, self._update)
-        mean = {name: sum(each[name] for each in self.seen) / len(self.seen) for name in self.seen[0]}
-        mean = dict(
-            zip(mean, self.student.everybody(torch.tensor([list(mean.values())])).mean(0).tolist(), strict=True)
-        )
-        self.balance.observe(mean, mean.pop("misfit"))
+        sizes = torch.tensor([len(n) for n, _ in self.errors])[:, None]
+        rows = torch.tensor([list(each.values()) for each in self.seen])
+        mean = self.student.everybody((rows * sizes).sum(0, keepdim=True) / sizes.sum()).mean(0)
+        squares = dict(zip(self.seen[0], mean.tolist(), strict=True))
+        misfit = squares.pop("misfit")
+        self.balance.observe({name: math.sqrt(square) for name, square in squares.items()}, misfit)
+        self.bins.update(*(self.student.everybody(torch.cat(column)) for column in zip(*self.errors, strict=True)))
 
     def after_step(self, step: int) -> dict[str, float]:
         self.log |= self.student.log(step, self.config, self.config.reuse)
