@@ -325,3 +325,28 @@ def test_an_update_tells_the_balance_its_sizes_and_the_bins_its_errors_however_i
         assert method.bins.sums.sum().item() == pytest.approx(n.sum().item(), rel=1e-4)
     assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-3)
     assert gap(found[0][2], found[1][2]) < 1e-4
+
+
+def test_the_average_follows_the_student_at_every_update_of_a_reused_rollout(tiny_folder):
+    face = load(
+        str(tiny_folder), lora=LoraSettings(rank=4, lora_alpha=16), trained=(STUDENT, FAKE), frozen=("average",)
+    )
+    rollout = RolloutConfig(num_prompts=2, group_size=2, num_inference_steps=2, sample_batch_size=4)
+    student = Student(face, PROMPTS, rollout, face.resolution, 4, seed=3)
+    method = GNDM(GNDMConfig(fake_updates=1, real_guidance_scale=2.0, reuse=2, ema_decay=0.5), face, student)
+    path = []
+    blend = face.roles.blend
+
+    def noted(target, source, decay):
+        path.append({name: p.detach().clone() for name, p in face.roles.parameters(source).items()})
+        blend(target, source, decay)
+
+    start = {name: p.detach().clone() for name, p in face.roles.parameters("average").items()}
+    face.roles.blend = noted
+    for _ in Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-2), 1).run():
+        pass
+    assert len(path) == 2
+    for name, found in face.roles.parameters("average").items():
+        expected = 0.25 * start[name] + 0.25 * path[0][name] + 0.5 * path[1][name]
+        assert gap(found, expected) < 1e-6
+        assert torch.equal(path[1][name], face.roles.parameters(STUDENT)[name])

@@ -181,6 +181,26 @@ def test_a_network_may_have_a_learning_rate_of_its_own():
     assert [o.param_groups[0]["lr"] for o in trainer.optimizers.values()] == [0.01, 0.03]
 
 
+@pytest.mark.parametrize(("fails_at", "half_done"), [(0, False), (1, True)])
+def test_it_knows_whether_a_step_that_fails_is_half_done(fails_at, half_done):
+    trainer = learner(lambda networks, batch: [Loss("a", networks["a"](batch).square().mean())])
+    steps = trainer.run()
+    next(steps)
+    assert not trainer.moved
+    collect = trainer.method.collect
+
+    def failing(step):
+        for number, batch in enumerate(collect(step)):
+            if number == fails_at:
+                raise RuntimeError
+            yield batch
+
+    trainer.method.collect = failing
+    with pytest.raises(RuntimeError):
+        next(steps)
+    assert trainer.moved is half_done
+
+
 def test_a_record_averages_metrics_over_the_terms_and_counts_updates():
     def terms(networks, batch):
         for value in (1.0, 4.0):
