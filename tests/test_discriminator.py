@@ -13,7 +13,8 @@ from trimtab.errors import UserError
 from trimtab.learner import Learner
 from trimtab.methods.dmd2 import DMD2, DMD2Config, judge_loss
 from trimtab.optimizer import OptimizerConfig
-from trimtab.pipelines.discriminator import Head, listening
+from trimtab.pipelines.discriminator import Head
+from trimtab.pipelines.hidden import listening, middle
 from trimtab.pipelines.loading import load
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig
@@ -61,7 +62,7 @@ def built(folder, lora=LoraSettings(rank=4, lora_alpha=16), **config):  # noqa: 
 def test_the_middle_of_each_family_is_a_picture_of_features(request, family, channels, side):
     face = load(str(request.getfixturevalue(family)), lora=None)
     x_t = torch.randn(2, *face.latent_shape(face.resolution))
-    with torch.no_grad(), listening(face.roles.network) as found:
+    with torch.no_grad(), listening([middle(face.roles.network)]) as found:
         face.predict(x_t, torch.tensor(0.5), face.encode(TEXTS), "default")
     (features,) = found
     assert features.shape[0] == 2
@@ -77,15 +78,15 @@ def test_pixels_of_an_mmdit_lie_where_they_are_seen(tiny_folder):
     face = load(str(tiny_folder), lora=None)
     block = face.roles.network.transformer_blocks[0]
     tokens = torch.arange(16.0).reshape(1, 16, 1).expand(1, 16, 32)
-    with listening(face.roles.network) as found:
+    with listening([middle(face.roles.network)]) as found:
         for hook in block._forward_hooks.values():
             hook(block, (), (torch.zeros(1, 3, 32), tokens))
     assert found[0][0, 0].tolist() == torch.arange(16.0).reshape(4, 4).tolist()
 
 
 def test_a_network_without_a_known_middle_is_refused():
-    with pytest.raises(UserError, match="a Linear has no middle"), listening(nn.Linear(1, 1)):
-        pass
+    with pytest.raises(UserError, match="a Linear has no middle"):
+        middle(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(("side", "layers"), [(8, 2), (32, 4), (4, 1), (1, 1)])

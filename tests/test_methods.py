@@ -62,6 +62,9 @@ class World:
     def time_grid(self, num_steps, resolution=None):
         return time_grid(num_steps, 1.0)
 
+    def start(self, noise):
+        return noise
+
     def encode(self, texts):
         prompt = nn.functional.one_hot(torch.tensor([int(text) for text in texts]), 4).float()  # (P, 4)
         return Condition(prompt[:, None], prompt)

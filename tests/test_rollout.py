@@ -31,6 +31,9 @@ class Toy:
     def time_grid(self, num_steps, resolution):
         return time_grid(num_steps)
 
+    def start(self, noise):
+        return noise
+
     def encode(self, texts):
         number = torch.tensor([float(TEXTS.index(text)) for text in texts])
         return Condition(number[:, None, None], number[:, None])

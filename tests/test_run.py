@@ -29,6 +29,15 @@ REWARD = """
 def brightness(images, prompts, metadata):
     return images.mean((1, 2, 3)).tolist()
 
+class Smooth:
+    def __call__(self, images, prompts, metadata):
+        return self.with_gradient(images, prompts, metadata)
+
+    def with_gradient(self, images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+smooth = Smooth()
+
 def weighted(prompts, images, weight):
     return [w * image.convert("L").getpixel((5, 5)) for w, image in zip(weight, images)]
 """
@@ -61,6 +70,26 @@ METHODS = {
             "normaliser": "binned",
         }
     },
+    "drpo": {
+        "method": {"name": "drpo", "num_positive": 1, "num_negative": 1, "features": {"kind": "teacher"}},
+        "rollout": {"num_inference_steps": 1},
+    },
+    "drpo, offline": {
+        "method": {"name": "drpo", "variant": "offline", "features": {"kind": "latents"}, "token_mode": "per_location"},
+        "rewards": {},
+        "data": {"pairs": "pairs.jsonl"},
+        "rollout": {"num_inference_steps": 1},
+        "training": {"train_batch_size": 3},
+    },
+    "dpo-one-step": {
+        "method": {"name": "dpo-one-step", "num_positive": 1, "num_negative": 2},
+        "rollout": {"num_inference_steps": 1},
+    },
+    "draft": {
+        "method": {"name": "draft", "latent_weight": 0.1},
+        "rewards": {"reward.py:smooth": 1.0, "reward.py:brightness": 0.0},
+        "rollout": {"num_inference_steps": 1},
+    },
     "softrepa": CAPTIONED | {"method": CAPTIONED["method"] | {"name": "softrepa"}},
 }
 CLOCK = ("seconds/", "elapsed_seconds", "images_per_second")  # what differs between two equal runs
@@ -88,6 +117,11 @@ def workplace(tmp_path, monkeypatch):
     for i in range(9):
         Image.new("RGB", (70, 64), (25 * i, 120, 200 - 20 * i)).save(tmp_path / "pictures" / f"{i}.png")
         (tmp_path / "pictures" / f"{i}.txt").write_text(f"number {i}")
+    pairs = [
+        {"prompt": name, "chosen": f"pictures/{i}.png", "rejected": [f"pictures/{i + 1}.png", f"pictures/{i + 2}.png"]}
+        for i, name in enumerate(("one", "two", "three"))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pairs))
     return tmp_path
 
 

@@ -67,7 +67,7 @@ class Rollout:
     latents: Tensor  # (B, ...) clean
     group: Tensor  # (B,) int64, 0 .. P - 1
     sibling: Tensor  # (B,) int64, 0 .. G - 1
-    reward: Tensor  # (B,) float32, finite
+    reward: Tensor  # (B,) float32, finite; NaN in all three until the samples are scored
     scaled: Tensor  # (B,) float32, the reward in units of its standard deviation
     advantage: Tensor  # (B,) float32, the same less the mean of the siblings
     seed: int

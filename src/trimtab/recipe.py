@@ -12,6 +12,9 @@ from trimtab.methods.crd import CRDConfig
 from trimtab.methods.diffusion_nft import DiffusionNFTConfig
 from trimtab.methods.dmd2 import DMD2Config
 from trimtab.methods.dmdr import DMDRConfig
+from trimtab.methods.dpo_one_step import DPOOneStepConfig
+from trimtab.methods.draft import DRaFTConfig
+from trimtab.methods.drpo import DrPOConfig
 from trimtab.methods.gndm import GNDMConfig
 from trimtab.methods.pretrain import PretrainMicroConfig, PretrainRecognizerConfig, PretrainVAEConfig
 from trimtab.methods.softrepa import SoftREPAConfig
@@ -27,6 +30,9 @@ MethodConfig = Annotated[
     | DMD2Config
     | DMDRConfig
     | GNDMConfig
+    | DrPOConfig
+    | DPOOneStepConfig
+    | DRaFTConfig
     | PretrainVAEConfig
     | PretrainMicroConfig
     | PretrainRecognizerConfig,
@@ -63,6 +69,7 @@ class DataConfig(Strict):
 
     prompts: str = "blocks"  # or a .txt or .jsonl file, or a folder with `train` and `test` files
     pictures: str = "blocks"  # or a folder with metadata.jsonl (file_name, text), or with a .txt beside each picture
+    pairs: str | None = None  # a .jsonl (prompt, chosen, rejected) or .parquet file, for those that learn offline
     on_error: Literal["stop", "skip"] = "stop"  # for a picture or caption that can't be used
     num_workers: int = Field(2, ge=0)  # processes that decode pictures
     cache: bool = True  # latents and text embeddings on disk, by content

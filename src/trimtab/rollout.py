@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,7 +51,7 @@ class Rollouts:
 
     pipeline: Pipeline
     prompts: Prompts
-    rewards: Composite
+    rewards: Composite | None  # None: nothing is scored
     config: RolloutConfig
     resolution: int
     seed: int
@@ -62,59 +62,76 @@ class Rollouts:
     @torch.no_grad()
     def collect(self, step: int, role: str) -> tuple[Rollout, dict[str, float]]:
         """The rollout of a step, sampled by `role`, and what to log of it; unscored pictures are left out."""
-        prompts = self._prompts(step)
-        group = torch.arange(len(prompts)).repeat_interleave(self.config.group_size)  # (B,)
-        sibling = torch.arange(self.config.group_size).repeat(len(prompts))  # (B,)
-        condition = self.pipeline.encode(prompts.text)
-        keys = [
-            (self.seed, step, prompts.index[g], s, noise.ROLLOUT)
-            for g, s in zip(group.tolist(), sibling.tolist(), strict=True)
-        ]
         started = time.perf_counter()
-        latents, images = self._sample(keys, condition, group, role)
+        drawn, images = self.draw(self.prompts_of(step), step, role)
         sampled = time.perf_counter()
-        text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
-        scored = self.rewards.score(images, text, metadata, group)
+        scored = self.scores(drawn, images)
         seconds = {"seconds/sampling": sampled - started, "seconds/rewards": time.perf_counter() - sampled}
-        kept = comparable(scored.total, group, self._everybody)
-        reward = scored.total[kept].float()
-        scaled = reward / (self._spread(reward, group[kept]) + ADVANTAGE_EPS)
-        rollout = Rollout(
+        kept = comparable(scored.total, drawn.group, self.everybody)
+        rollout = self.rewarded(drawn[kept], scored.total[kept])
+        return rollout, self.log(scored, rollout) | seconds | {"images": float(len(images))}
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Prompts, step: int, role: str, first: int = 0, decoded: bool = True
+    ) -> tuple[Rollout, Tensor | None]:
+        """Siblings `first`, `first` + 1, ... of each prompt, not yet rewarded, and their pictures on the CPU."""
+        drawn, images = self.blank(prompts, step, first), []
+        with self.pipeline.roles.merged(role) if self.config.merge_lora else nullcontext():
+            for part in torch.arange(len(drawn)).split(self.config.sample_batch_size):
+                drawn.latents[part] = self.again(drawn[part], role)
+                if decoded:
+                    images.append(self.pipeline.decode(drawn.latents[part]).cpu())
+        return drawn, torch.cat(images) if decoded else None
+
+    def blank(self, prompts: Prompts, step: int, first: int = 0) -> Rollout:
+        """The samples of a step that are to be drawn: their latents say nothing yet, and rewards are NaN."""
+        size = self.config.group_size
+        group = torch.arange(len(prompts)).repeat_interleave(size)  # (B,)
+        shape = self.pipeline.latent_shape(self.resolution)
+        unknown = torch.full((len(group),), math.nan)
+        return Rollout(
             prompts=prompts,
-            condition=condition,
-            latents=latents[kept],
-            group=group[kept],
-            sibling=sibling[kept],
-            reward=reward,
-            scaled=scaled,
-            advantage=groups.centred(scaled, group[kept]),
+            condition=self.pipeline.encode(prompts.text),
+            latents=torch.empty(len(group), *shape, device=self.pipeline.device),
+            group=group,
+            sibling=first + torch.arange(size).repeat(len(prompts)),
+            reward=unknown,
+            scaled=unknown,
+            advantage=unknown,
             seed=self.seed,
             step=step,
         )
-        log = self._log(scored, rollout) | seconds | {"images": float(len(images))}
-        return rollout, log
+
+    def again(self, rollout: Rollout, role: str) -> Tensor:
+        """Clean latents (B, C, h, w) that a role makes of a rollout's noise, with gradient to its weights."""
+        shape = rollout.latents.shape[1:]
+        keys = [(*key, noise.ROLLOUT) for key in rollout.noise_keys()]
+        start = noise.normal(keys, shape).to(self.pipeline.device)
+        own = rollout.condition[rollout.group.to(self.pipeline.device)]
+        return sample(
+            self.pipeline, start, self.time_grid(), own, role, self.config.guidance_scale, self.config.solver_order
+        )
+
+    def scores(self, drawn: Rollout, images: Tensor) -> Scored:
+        """What the pictures earn."""
+        prompts, group = drawn.prompts, drawn.group
+        text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
+        return self.rewards.score(images, text, metadata, group)
+
+    def rewarded(self, drawn: Rollout, reward: Tensor) -> Rollout:
+        """Samples with their rewards (B,), all finite, and the advantages over their siblings."""
+        reward = reward.float()
+        scaled = reward / (self._spread(reward, drawn.group) + ADVANTAGE_EPS)
+        return replace(drawn, reward=reward, scaled=scaled, advantage=groups.centred(scaled, drawn.group))
 
     def time_grid(self) -> Tensor:
         """Falling times (T + 1,) that the solver visits."""
         return self.pipeline.time_grid(self.config.num_inference_steps, self.resolution)
 
-    def _prompts(self, step: int) -> Prompts:
+    def prompts_of(self, step: int) -> Prompts:
+        """This process' share of the prompts of a step."""
         return share(self.prompts, self.config.num_prompts, step, self.seed, self.rank, self.num_processes)
-
-    def _sample(self, keys: list, condition: Condition, group: Tensor, role: str) -> tuple[Tensor, Tensor]:
-        """Clean latents (B, C, h, w) on the pipeline's device, and pictures (B, 3, H, W) on the CPU."""
-        shape = self.pipeline.latent_shape(self.resolution)
-        times = self.time_grid()
-        latents, images = [], []
-        with self.pipeline.roles.merged(role) if self.config.merge_lora else nullcontext():
-            for part in torch.arange(len(keys)).split(self.config.sample_batch_size):
-                start = noise.normal([keys[i] for i in part], shape).to(self.pipeline.device)
-                own = condition[group[part].to(self.pipeline.device)]
-                latents.append(
-                    sample(self.pipeline, start, times, own, role, self.config.guidance_scale, self.config.solver_order)
-                )
-                images.append(self.pipeline.decode(latents[-1]).cpu())
-        return torch.cat(latents), torch.cat(images)
 
     def _spread(self, reward: Tensor, group: Tensor) -> Tensor:
         """Standard deviation of the rewards: of each sample's siblings (B,), or over all processes, a scalar."""
@@ -127,14 +144,15 @@ class Rollouts:
         # Processes gather equal shapes only, and each may have lost pictures or have a prompt less.
         size = math.ceil(self.config.num_prompts / self.num_processes) * self.config.group_size
         padded = F.pad(reward, (0, size - len(reward)), value=math.nan)
-        everybody = self._everybody(padded)
+        everybody = self.everybody(padded)
         return everybody[everybody.isfinite()].std(correction=0)
 
-    def _everybody(self, x: Tensor) -> Tensor:
+    def everybody(self, x: Tensor) -> Tensor:
         """x (N,) of all processes, on the CPU."""
         return x if self.gather is None else self.gather(x.to(self.pipeline.device)).cpu()
 
-    def _log(self, scored: Scored, rollout: Rollout) -> dict[str, float]:
+    def log(self, scored: Scored, rollout: Rollout) -> dict[str, float]:
+        """What there is to say of a rollout."""
         log = {
             "reward": rollout.reward.mean().item(),
             "reward_std": rollout.reward.std(correction=0).item(),
@@ -189,7 +207,7 @@ def sample(
         return pipeline.predict(x_t, t, condition, role, guidance_scale)
 
     if later is None:
-        return ode(predict, start, times.to(start.device), order)
+        return ode(predict, pipeline.start(start), times.to(start.device), order)
     return few_step(predict, start, times.to(start.device), torch.cat([later, torch.zeros_like(start)[None]]))[-1]
 
 

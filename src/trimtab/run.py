@@ -23,7 +23,7 @@ from trimtab.report import write_report
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
-from trimtab.wiring import DISTILLATION, Display, Run, build, check
+from trimtab.wiring import DISTILLATION, ONE_STEP, Display, Run, build, check
 
 RECIPES = Path(__file__).parent / "recipes"
 ABOUT = ("command", "revision", "versions")  # what config.yaml says beside the recipe
@@ -197,7 +197,8 @@ def _evaluate(run: Run, label: str, role: str, setting: evaluate.Setting) -> Non
 def _setting(run: Run) -> evaluate.Setting:
     config = run.config
     student = config.method.name in DISTILLATION
-    calls = config.rollout.num_inference_steps if student else run.pipeline.num_calls
+    trained_in_calls = student or config.method.name in ONE_STEP
+    calls = config.rollout.num_inference_steps if trained_in_calls else run.pipeline.num_calls
     return evaluate.Setting(
         suite=str(config.evaluation.suite),
         images_per_prompt=config.evaluation.images_per_prompt,

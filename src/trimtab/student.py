@@ -23,13 +23,12 @@ from torch import Tensor
 from trimtab import noise
 from trimtab.batch import Condition, Prompts, whole_groups
 from trimtab.config import Strict
-from trimtab.errors import UserError
 from trimtab.matching import Normaliser, fake_score_loss, misfit, push_loss
 from trimtab.method import Loss
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.process import NUM_TIMESTEPS, logit_normal
-from trimtab.rewards.composite import RewardFailed
+from trimtab.rewards.composite import with_gradient
 from trimtab.roles import REFERENCE
 from trimtab.rollout import RolloutConfig, share
 from trimtab.solvers import few_step
@@ -286,7 +285,7 @@ class Student:
             text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
             with torch.enable_grad():
                 leaf = x[part.to(x.device)].detach().requires_grad_()
-                score = _scored(reward, self.pipeline.decode(leaf), text, metadata)
+                score = with_gradient(reward, self.pipeline.decode(leaf), text, metadata)
                 found.append(torch.autograd.grad(score.nansum(), leaf)[0])
             scores.append(score.detach())
         return torch.cat(found), torch.cat(scores).nanmean()
@@ -319,18 +318,6 @@ class Student:
 
     def _predict(self, condition: Condition) -> Callable[[Tensor, Tensor], Prediction]:
         return lambda x_t, t: self.pipeline.predict(x_t, t, condition, STUDENT)
-
-
-def _scored(reward: Any, images: Tensor, text: list[str], metadata: list[dict]) -> Tensor:
-    """The scores (B,) of a reward with a gradient; RewardFailed where it raises."""
-    try:
-        return reward.with_gradient(images, text, metadata)
-    except UserError:
-        raise
-    except Exception as error:  # a user's function may raise anything
-        raise RewardFailed(
-            f"a reward failed where its gradient was asked for ({type(error).__name__}: {error})"
-        ) from error
 
 
 def fake_time(config: StudentConfig, levels: Tensor) -> Tensor:

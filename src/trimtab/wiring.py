@@ -13,8 +13,8 @@ from trimtab.captioned import Captioned
 from trimtab.errors import UserError
 from trimtab.learner import Learner
 from trimtab.method import Method
-from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, gndm, pretrain, softrepa
-from trimtab.pipelines import Pipeline, loading
+from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, dpo_one_step, draft, drpo, gndm, pretrain, softrepa
+from trimtab.pipelines import Pipeline, features, loading
 from trimtab.recipe import RunConfig
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards import build as build_rewards
@@ -22,6 +22,7 @@ from trimtab.rewards.composite import Composite
 from trimtab.rollout import Rollouts
 from trimtab.student import Student
 from trimtab.worlds.files import load_prompts
+from trimtab.worlds.pairs import Pairs, load_pairs
 from trimtab.worlds.pictures import Pictures, load_pictures
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ DISTILLATION = {
     "dmdr": dmdr.DMDR,
     "gndm": gndm.GNDM,
 }  # prompts, and maybe rewards; trains a student and its fake
+ONE_STEP = {  # prompts and rewards, or pairs; trains a generator of one call
+    "drpo": drpo.DrPO,
+    "dpo-one-step": dpo_one_step.DPOOneStep,
+    "draft": draft.DRaFT,
+}
 PRETRAIN = {
     "pretrain-vae": pretrain.PretrainVAE,
     "pretrain-micro": pretrain.PretrainMicro,
@@ -80,6 +86,7 @@ class Inputs:
     prompts: Prompts | None = None
     rewards: Composite | None = None
     pictures: Pictures | None = None
+    pairs: Pairs | None = None
     unseen: Prompts | None = None  # for pictures and evaluation; of the test split, where there is one
     merged: tuple[Path, ...] = ()  # LoRAs that become part of the model before it is trained
 
@@ -101,8 +108,8 @@ def check(config: RunConfig) -> Inputs:
     if config.method.name in CAPTIONED:
         loading.check_tokens(config.method.tokens, model)
         return replace(_captioned_inputs(config), merged=merged.loras)
-    inputs = _distillation_inputs(config) if config.method.name in DISTILLATION else _online_inputs(config)
-    return replace(inputs, merged=merged.loras)
+    kinds = {**dict.fromkeys(DISTILLATION, _distillation_inputs), **dict.fromkeys(ONE_STEP, _one_step_inputs)}
+    return replace(kinds.get(config.method.name, _online_inputs)(config), merged=merged.loras)
 
 
 def _online_inputs(config: RunConfig) -> Inputs:
@@ -142,8 +149,56 @@ def _distillation_inputs(config: RunConfig) -> Inputs:
     return Inputs(prompts=prompts, rewards=rewards, pictures=pictures, unseen=unseen)
 
 
+def _one_step_inputs(config: RunConfig) -> Inputs:
+    rollout, evaluation, method = config.rollout, config.evaluation, config.method
+    plain = rollout.guidance_scale == 1 and rollout.solver_order == 1 and not rollout.merge_lora
+    if rollout.num_inference_steps != 1 or not plain:
+        raise UserError(
+            f"{method.name} trains a generator of one call, without guidance, on its own samples to the bit; give "
+            "rollout.num_inference_steps=1, and leave guidance_scale, solver_order and merge_lora as they are."
+        )
+    if evaluation.num_inference_steps not in (None, 1) or evaluation.guidance_scale != 1:
+        raise UserError(
+            "a generator of one call is sampled so; give evaluation.num_inference_steps=1 guidance_scale=1."
+        )
+    if isinstance(method, drpo.DrPOConfig):
+        side = config.model.resolution or loading.resolution(config.model.pretrained_model_name_or_path)
+        features.check(method.features, loading.skeleton(config.model.pretrained_model_name_or_path), side)
+        if method.variant == "offline":
+            return _offline_inputs(config)
+    if config.data.pairs is not None:
+        raise UserError("data.pairs is given, and only method.name=drpo method.variant=offline learns from pairs.")
+    inputs = _online_inputs(config)
+    if isinstance(method, draft.DRaFTConfig):
+        draft.DRaFT.check_rewards(inputs.rewards)
+    elif getattr(method, "variant", "online") == "online":
+        needed = method.num_positive + method.num_negative
+        if needed > rollout.group_size:
+            raise UserError(
+                f"method.num_positive and num_negative are {needed} together and rollout.group_size is "
+                f"{rollout.group_size}; a candidate is not among the best and the worst: make it {needed} or more."
+            )
+    return inputs
+
+
+def _offline_inputs(config: RunConfig) -> Inputs:
+    if config.data.pairs is None:
+        raise UserError("method.variant=offline learns from pairs; give data.pairs=a .jsonl or .parquet file.")
+    pairs = load_pairs(config.data.pairs, config.data.on_error)
+    _check_share(config, pairs.prompts)
+    unseen = pairs.prompts if config.evaluation.suite is None else load_prompts(config.evaluation.suite, "test")
+    rewards = _rewards(config, unseen, unseen) if config.rewards else None
+    return Inputs(prompts=pairs.prompts, pairs=pairs, rewards=rewards, unseen=unseen)
+
+
 def _prompts(config: RunConfig) -> Prompts:
     prompts = load_prompts(config.data.prompts)
+    _check_share(config, prompts)
+    return prompts
+
+
+def _check_share(config: RunConfig, prompts: Prompts) -> None:
+    """UserError unless the prompts of a step can be shared by the processes."""
     size = min(len(prompts), config.rollout.num_prompts)
     if size < config.rollout.num_prompts:
         logger.warning("only %d prompts for rollouts of %d", size, config.rollout.num_prompts)
@@ -153,7 +208,6 @@ def _prompts(config: RunConfig) -> Prompts:
             f"a rollout of {size} prompts can't be shared by {processes} processes, each of which takes whole prompts; "
             f"make rollout.num_prompts a multiple of {processes} that the prompts suffice for."
         )
-    return prompts
 
 
 def _captioned_inputs(config: RunConfig) -> Inputs:
@@ -195,6 +249,11 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
         student = _student(config, accelerator, inputs, pipeline)
         shown = [_captioned(config, folder, accelerator, inputs, pipeline)] if inputs.pictures is not None else []
         method = DISTILLATION[name](config.method, pipeline, student, inputs.rewards, *shown)
+    elif name in ONE_STEP:
+        pipeline = _with_weights(config, accelerator, inputs)
+        rollouts = _rollouts(config, accelerator, inputs, pipeline)
+        shown = [inputs.pairs] if inputs.pairs is not None else []
+        method = ONE_STEP[name](config.method, pipeline, rollouts, config.training.train_batch_size, *shown)
     else:
         pipeline = _with_weights(config, accelerator, inputs)
         rollouts = _rollouts(config, accelerator, inputs, pipeline)

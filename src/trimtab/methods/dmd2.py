@@ -43,7 +43,8 @@ from trimtab.errors import UserError
 from trimtab.matching import normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
-from trimtab.pipelines.discriminator import Head, listening
+from trimtab.pipelines.discriminator import Head
+from trimtab.pipelines.hidden import listening, middle
 from trimtab.rewards.composite import Composite
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Student, StudentConfig, TimeMode, fake_time
 
@@ -161,7 +162,7 @@ class DMD2:
         return self.head(self._features(self.pipeline.process.noised(x0, eps, t), t, condition))
 
     def _features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        with listening(self.pipeline.roles.module(FAKE)) as found:
+        with listening([middle(self.pipeline.roles.module(FAKE))]) as found:
             self.pipeline.predict(x_t, t, condition, FAKE)
         return found[0]
 

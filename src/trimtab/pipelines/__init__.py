@@ -44,6 +44,9 @@ class Pipeline(Protocol):
     def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Falling times (T + 1,) at which a student of the model is called."""
 
+    def start(self, noise: Tensor) -> Tensor:
+        """What the stock pipeline's solver starts from (B, C, h, w), given standard normal noise."""
+
     def between_calls(self, noise: Tensor) -> Tensor:
         """Noise (T, B, C, h, w) put in the order in which the stock pipeline draws what it adds between calls."""
 

@@ -9,13 +9,9 @@ authors' own heads.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-from trimtab.errors import UserError
 
 
 class Head(nn.Module):
@@ -34,37 +30,6 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features.float()).flatten()
-
-
-@contextmanager
-def listening(network: nn.Module) -> Iterator[list[Tensor]]:
-    """In here, what comes out of the middle of `network` (B, C, h, w), one entry a forward."""
-    module, found = _middle(network), []
-    handle = module.register_forward_hook(lambda module, inputs, output: found.append(_as_picture(output)))
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-def _middle(network: nn.Module) -> nn.Module:
-    """UserError for a network whose middle is not known."""
-    blocks = getattr(network, "transformer_blocks", None)
-    if blocks is not None:
-        return blocks[(len(blocks) - 1) // 2]
-    if getattr(network, "mid_block", None) is not None:
-        return network.mid_block
-    raise UserError(
-        f"a {type(network).__name__} has no middle that a GAN could judge by; leave method.gan_weight at 0."
-    )
-
-
-def _as_picture(output: Tensor | tuple) -> Tensor:
-    """Features of a UNet as they are; of an MMDiT's block (text, pixels) the pixels, put back on their grid."""
-    if isinstance(output, Tensor):
-        return output
-    pixels = output[-1]  # (B, N, C)
-    return pixels.mT.unflatten(2, (math.isqrt(pixels.shape[1]), -1))
 
 
 def _normed(channels: int) -> tuple[nn.Module, nn.Module]:

@@ -68,6 +68,10 @@ class Face:
         """With which stock diffusers samples a student of this model."""
         raise NotImplementedError
 
+    def start(self, noise: Tensor) -> Tensor:
+        """What the stock pipeline's solver starts from (B, C, h, w), given standard normal noise."""
+        return noise
+
     def between_calls(self, noise: Tensor) -> Tensor:
         """Noise (T, B, C, h, w) put in the order in which the stock pipeline draws what it adds between calls."""
         return noise

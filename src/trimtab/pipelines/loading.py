@@ -71,6 +71,14 @@ def check_resolution(model: str, resolution: int | None) -> None:
         )
 
 
+def resolution(model: str) -> int:
+    """The side in pixels that a model was made for. Loads no weights."""
+    path = resolve(model)
+    face = FACES[_index(path, model)["_class_name"]]
+    size = _json(path, f"{face.NETWORK}/config.json", model).get("sample_size", 128)  # FLUX's has none
+    return size * 2 ** (len(_json(path, "vae/config.json", model)["block_out_channels"]) - 1)
+
+
 def _index(path: str, model: str) -> dict:
     return _json(path, "model_index.json", model)
 

@@ -28,6 +28,10 @@ class SD(Face):
         """Times (T + 1,) of the rows that the pipeline's own scheduler visits."""
         return unet.time_grid(self.pipe.scheduler, num_steps)
 
+    def start(self, noise: Tensor) -> Tensor:
+        """What the stock pipeline's solver starts from (B, C, h, w), given standard normal noise."""
+        return unet.start(self.pipe.scheduler, noise)
+
     def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Times (T + 1,) at which a student is called."""
         return vp_few_step_grid(num_steps, len(self.process.alphas_cumprod))

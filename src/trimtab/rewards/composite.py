@@ -14,7 +14,7 @@ import math
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -84,6 +84,16 @@ class Composite:
                 total += torch.where(applies, weight * scores, 0.0)
                 scored |= applies
         return Scored(torch.where(scored, total, torch.nan).to(images.device), raw, failed)
+
+
+def with_gradient(reward: Any, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """The scores (B,) of a reward that has a gradient, with it; RewardFailed where it raises."""
+    try:
+        return reward.with_gradient(images, prompts, metadata)
+    except UserError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise RewardFailed(f"a reward failed where its gradient was asked for: {_described(error)}") from error
 
 
 def _any_in_group(flags: Tensor, siblings: Tensor) -> Tensor:

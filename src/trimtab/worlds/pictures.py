@@ -68,7 +68,7 @@ class Pictures:
         try:
             return square(data, resolution)
         except BROKEN as error:
-            raise Unusable(f"{self.names[index]} cannot be decoded ({_reason(error)})") from error
+            raise Unusable(f"{self.names[index]} cannot be decoded ({reason_of(error)})") from error
 
     def read(self, index: int, resolution: int) -> Tensor:
         """`decode` of `data`."""
@@ -77,7 +77,7 @@ class Pictures:
 
 def square(data: bytes, resolution: int) -> Tensor:
     """An encoded picture as its EXIF turns it, on white, its middle square resized bicubically: (3, H, W) uint8."""
-    with _opened(io.BytesIO(data)) as image:
+    with opened(io.BytesIO(data)) as image:
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -109,7 +109,7 @@ def load_pictures(source: str, on_error: OnError) -> Pictures:
     if not found:
         raise UserError(f"none of the {len(entries)} pictures in {folder} can be used ({skipped[0]}); mend them.")
     if skipped:
-        logger.warning("%d of %d pictures in %s are left out: %s", len(skipped), len(entries), folder, _some(skipped))
+        logger.warning("%d of %d pictures in %s are left out: %s", len(skipped), len(entries), folder, some(skipped))
     paths = tuple(found)
     return Pictures(tuple(found.values()), paths, partial(_file, paths), normalised, on_error, tuple(skipped))
 
@@ -171,7 +171,7 @@ def _is_shown(path: Path) -> bool:
 
 def _lines(table: Path) -> list[str]:
     try:
-        return _text(table).split("\n")  # splitlines would also split at signs that JSON has inside a text
+        return text_of(table).split("\n")  # splitlines would also split at signs that JSON has inside a text
     except Unusable as error:
         raise UserError(f"{error}; save it as UTF-8 text.") from error
 
@@ -190,7 +190,7 @@ def _line(table: Path, number: int, text: str) -> tuple[Path, str, tuple[str, ..
 
 def _beside(path: Path) -> tuple[Path, str, tuple[str, ...]]:
     file = path.with_suffix(".txt")
-    lines = _text(file).splitlines() if file.is_file() else []
+    lines = text_of(file).splitlines() if file.is_file() else []
     return path, str(path), _captions([line for line in lines if line.strip()], str(path))
 
 
@@ -211,15 +211,15 @@ def _checked(found: dict, path: Path, where: str, captions: tuple[str, ...]) -> 
     if path in found:
         raise Unusable(f"{where} names {path} for the second time")
     try:
-        _opened(path).close()
+        opened(path).close()
     except FileNotFoundError as error:
         raise Unusable(f"{where} names {path}, which does not exist") from error
     except BROKEN as error:
-        raise Unusable(f"{where}: {path} is no picture that can be read ({_reason(error)})") from error
+        raise Unusable(f"{where}: {path} is no picture that can be read ({reason_of(error)})") from error
     return {path: captions}
 
 
-def _opened(file: str | io.BytesIO) -> Image.Image:
+def opened(file: str | Path | io.BytesIO) -> Image.Image:
     """A picture of which only the header is read."""
     image = Image.open(file)
     if image.mode[0] in "IF":  # Pillow would cut what is above 255 off
@@ -232,19 +232,22 @@ def _file(paths: Sequence[str], index: int) -> bytes:
     return Path(paths[index]).read_bytes()
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """A text file; Unusable if it is none."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise Unusable(f"{path} cannot be read as text ({error})") from error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why Pillow could not read a picture."""
     if isinstance(error, UnidentifiedImageError):
         return "no format that Pillow knows"
     return getattr(error, "strerror", None) or str(error)
 
 
-def _some(problems: Sequence[str]) -> str:
+def some(problems: Sequence[str]) -> str:
+    """The first few of them."""
     more = f"; and {len(problems) - NUM_SHOWN} more" if len(problems) > NUM_SHOWN else ""
     return "; ".join(problems[:NUM_SHOWN]) + more

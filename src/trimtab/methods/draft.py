@@ -1,0 +1,122 @@
+"""DRaFT: Directly Fine-Tuning Diffusion Models on Differentiable Rewards, arXiv 2309.17400. A baseline for DrPO.
+
+The reward is differentiated through the auto-encoder and the one call of the generator:
+
+    (1)  L = - mean_i sum_m w_m R_m(decode(G(eps_i, c_i)))  +  latent_weight mean_i mean_j (G_ij - G_ref,ij)^2
+
+    symbol   name                 symbol   name
+    w_m      rewards              G        the trained generator, G_ref before training
+
+Departures from the paper:
+
+1. The paper differentiates through the last steps of a sampler of many; here is one, and it is all of it.
+2. Equation 1's second term is not the paper's, whose regularisation is a smaller LoRA scale; DrPO's authors use it so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trimtab.batch import Rollout
+from trimtab.config import Strict
+from trimtab.errors import UserError
+from trimtab.matching import denoising_error
+from trimtab.method import Loss, Stateful
+from trimtab.pipelines import Pipeline
+from trimtab.rewards.composite import Composite, with_gradient
+from trimtab.roles import REFERENCE
+from trimtab.rollout import Rollouts
+
+TRAINED = "default"
+
+
+class DRaFTConfig(Strict):
+    """Defaults: those of DrPO's authors for SD-Turbo."""
+
+    name: Literal["draft"] = "draft"
+    latent_weight: float = Field(0.0, ge=0)
+
+    @property
+    def frozen_roles(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass
+class DRaFT:
+    """The glue: the samples of a step, a part at a time."""
+
+    config: DRaFTConfig
+    pipeline: Pipeline
+    rollouts: Rollouts
+    batch_size: int
+    log: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def check_rewards(rewards: Composite) -> None:
+        """UserError unless all that is trained on has a gradient."""
+        black = [name for name, (reward, weight) in rewards.rewards.items() if weight and not _smooth(reward)]
+        if black:
+            raise UserError(
+                f"draft differentiates its reward and {black[0]!r} has no gradient; give it weight 0, or train on one "
+                "that has, such as recognizer."
+            )
+
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        return {TRAINED: self.pipeline.roles.parameters(TRAINED)}
+
+    def state(self) -> dict[str, Stateful]:
+        return {"roles": self.pipeline.roles}
+
+    def collect(self, step: int) -> list[Rollout]:
+        """Noise alone; samples are drawn with gradient. Watched rewards want pictures, so that they take two draws."""
+        rollouts, watched = self.rollouts, [r for r, w in self.rollouts.rewards.rewards.values() if not w]
+        if watched:
+            rollout, self.log = rollouts.collect(step, TRAINED)
+            return [rollout]
+        rollout = rollouts.blank(rollouts.prompts_of(step), step)
+        self.log = {"images": float(len(rollout))}
+        return [rollout]
+
+    def losses(self, rollout: Rollout) -> Iterator[Loss]:
+        for part in torch.arange(len(rollout)).split(self.batch_size):
+            yield self._loss(rollout[part], len(rollout))
+
+    def after_step(self, step: int) -> dict[str, float]:
+        return self.log
+
+    def export(self, folder: Path) -> None:
+        self.pipeline.export(folder, TRAINED)
+
+    def _loss(self, rollout: Rollout, num_terms: int) -> Loss:
+        x = self.rollouts.again(rollout, TRAINED)
+        reward, metrics = self._reward(rollout, self.pipeline.decode(x))
+        value = -reward.nansum() / num_terms
+        if self.config.latent_weight:
+            with torch.no_grad():
+                origin = self.rollouts.again(rollout, REFERENCE)
+            distance = denoising_error(x, origin)  # (B,)
+            value = value + self.config.latent_weight * distance.sum() / num_terms
+            metrics["distance"] = distance.mean().detach()
+        return Loss(TRAINED, value, metrics | {"reward": reward.nanmean().detach()})
+
+    def _reward(self, rollout: Rollout, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum (B,) of what applies, NaN where nothing does, and each reward's mean."""
+        prompts = rollout.prompts
+        text = [prompts.text[g] for g in rollout.group]
+        metadata = [dict(prompts.metadata[g]) for g in rollout.group]
+        total, metrics = torch.full((len(images),), torch.nan, device=images.device), {}
+        for name, (reward, weight) in self.rollouts.rewards.rewards.items():
+            if weight:
+                scores = with_gradient(reward, images, text, metadata)
+                metrics[f"rewards/{name}/mean"] = scores.detach().nanmean()
+                total = torch.where(scores.isnan(), total, total.nan_to_num(0.0) + weight * scores)
+        return total, metrics
+
+
+def _smooth(reward: object) -> bool:
+    return hasattr(reward, "with_gradient")

@@ -1,0 +1,56 @@
+"""What goes on inside a denoising network while it runs, heard by hooks: GANs judge by it, and DrPO compares by it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from trimtab.errors import UserError
+
+
+@contextmanager
+def listening(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """In here, what comes out of these modules (B, C, h, w), in the order in which they run."""
+    found: list[Tensor] = []
+    handles = [m.register_forward_hook(lambda _, inputs, output: found.append(as_picture(output))) for m in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def middle(network: nn.Module) -> nn.Module:
+    """The module in the middle of a network; UserError where it is not known."""
+    blocks = getattr(network, "transformer_blocks", None)
+    if blocks is not None:
+        return blocks[(len(blocks) - 1) // 2]
+    if getattr(network, "mid_block", None) is not None:
+        return network.mid_block
+    raise UserError(
+        f"a {type(network).__name__} has no middle that a GAN could judge by; leave method.gan_weight at 0."
+    )
+
+
+def around_the_middle(network: nn.Module) -> dict[str, nn.Module]:
+    """Three places by name: of a UNet the third stage down, the middle and the first stage up; of an MMDiT the blocks
+    after a quarter, half and three quarters of all. UserError for another kind of network."""
+    blocks = getattr(network, "transformer_blocks", None)
+    if blocks is not None:
+        places = {f"block_{number}": number for number in (len(blocks) * part // 4 for part in (1, 2, 3))}
+        return {name: blocks[number] for name, number in places.items()}
+    if getattr(network, "mid_block", None) is not None:
+        down, up = network.down_blocks, network.up_blocks
+        return {"down": down[min(2, len(down) - 1)], "middle": network.mid_block, "up": up[0]}
+    raise UserError(f"hidden states of a {type(network).__name__} are not known; give another method.features.kind.")
+
+
+def as_picture(output: Tensor | tuple) -> Tensor:
+    """Features of a UNet as they are; of an MMDiT's block (text, pixels) the pixels, put back on their grid."""
+    if isinstance(output, Tensor):
+        return output
+    if output[0].ndim == 4:  # a UNet's stage and its skip connections
+        return output[0]
+    pixels = output[-1]  # (B, N, C)
+    return pixels.mT.unflatten(2, (math.isqrt(pixels.shape[1]), -1))
