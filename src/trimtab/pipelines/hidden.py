@@ -50,7 +50,7 @@ def as_picture(output: Tensor | tuple) -> Tensor:
     """Features of a UNet as they are; of an MMDiT's block (text, pixels) the pixels, put back on their grid."""
     if isinstance(output, Tensor):
         return output
-    if output[0].ndim == 4:  # a UNet's stage and its skip connections
+    if output[0] is not None and output[0].ndim == 4:  # a UNet's stage and its skip connections
         return output[0]
-    pixels = output[-1]  # (B, N, C)
+    pixels = output[-1]  # (B, N, C); the last block of an MMDiT has no text left
     return pixels.mT.unflatten(2, (math.isqrt(pixels.shape[1]), -1))

@@ -1,0 +1,234 @@
+"""Methods for generators of one call, on a real tiny pipeline: two passes are one, and nothing moves that must not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trimtab.batch import Prompts
+from trimtab.candidates import Anchors, Ranked, ranked
+from trimtab.methods.dpo_one_step import DPOOneStep, DPOOneStepConfig, gaps, slope
+from trimtab.methods.draft import DRaFT, DRaFTConfig
+from trimtab.methods.drpo import DrPO, DrPOConfig
+from trimtab.rewards.composite import Composite
+from trimtab.rollout import RolloutConfig, Rollouts
+
+TEXTS = ("a red circle", "two stars", "a blue square")
+PROMPTS = Prompts(TEXTS, tuple({} for _ in TEXTS), (0, 1, 2))
+SIZE = 6  # candidates of each prompt
+
+
+class Contrast:
+    """A reward with a gradient: how far the left half is brighter than the right."""
+
+    def __call__(self, images, prompts, metadata):
+        return self.with_gradient(images, prompts, metadata)
+
+    def with_gradient(self, images, prompts, metadata):
+        half = images.shape[-1] // 2
+        return images[..., :half].mean((1, 2, 3)) - images[..., half:].mean((1, 2, 3))
+
+
+METHODS = {"drpo": (DrPO, DrPOConfig), "dpo-one-step": (DPOOneStep, DPOOneStepConfig), "draft": (DRaFT, DRaFTConfig)}
+
+
+def build(face, name="drpo", batch_size=64, moved=True, reward=None, **settings):
+    """A method over `face`, whose LoRA is away from the base unless told otherwise."""
+    if moved:
+        for seed, (key, p) in enumerate(sorted(face.roles.parameters("default").items())):
+            if "lora_B" in key:
+                p.data = 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    method, config = METHODS[name]
+    sides = {"num_positive": 2, "num_negative": 2} if name != "draft" else {}
+    rollout = RolloutConfig(num_prompts=3, group_size=SIZE, num_inference_steps=1, sample_batch_size=5)
+    rewards = Composite({"mine": (reward or Contrast(), 1.0)})
+    rollouts = Rollouts(face, PROMPTS, rewards, rollout, face.resolution, seed=3)
+    return method(config(**(sides | settings)), face, rollouts, batch_size)
+
+
+def gradients(method, batch=None):
+    """The sum of the terms' values, and the gradient of the trained weights."""
+    weights = method.pipeline.roles.parameters("default")
+    for weight in weights.values():
+        weight.grad = None
+    total = 0.0
+    for each in [batch] if batch is not None else method.collect(0):
+        for loss in method.losses(each):
+            loss.value.backward(inputs=list(weights.values()))
+            total += loss.value.item()
+    return total, torch.cat([w.grad.flatten() for w in weights.values() if w.grad is not None])
+
+
+SETTINGS = [
+    {"features": {"kind": "teacher"}},
+    {"features": {"kind": "latents"}, "latent_weight": 0.3, "aggregate": "sum"},
+    {"features": {"kind": "recognizer"}, "field": "raw", "mask_self_anchor": True},
+    {"features": {"kind": "latents"}, "reference_weight": 0.0, "token_mode": "per_location"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["features"]["kind"])
+def test_two_passes_have_the_gradient_of_one(tiny, settings):
+    face = tiny()
+    value, gradient = gradients(build(face, batch_size=64, **settings))
+    assert gradient.abs().max() > 1e-4
+    for batch_size in (SIZE, SIZE - 1, 1):  # a prompt at a time, then two passes
+        again, same = gradients(build(face, batch_size=batch_size, **settings))
+        assert again == pytest.approx(value, rel=1e-4)
+        assert (same - gradient).abs().max() < 1e-5 * max(1, gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["dpo-one-step", "draft"])
+def test_baselines_have_one_gradient_at_any_batch_size(tiny, name):
+    face = tiny()
+    value, gradient = gradients(build(face, name))
+    assert gradient.abs().max() > 1e-4
+    again, same = gradients(build(face, name, batch_size=4))
+    assert again == pytest.approx(value, rel=1e-4)
+    assert (same - gradient).abs().max() < 1e-5 * max(1, gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_everything_but_the_lora_stays_as_it_was(tiny, name):
+    method = build(tiny(), name)
+    batch = method.collect(0)[0]
+    frozen = [p for p in method.pipeline.roles.network.parameters() if not p.requires_grad]
+    for loss in method.losses(batch):
+        loss.value.backward()  # into whatever it reaches
+    trained = method.pipeline.roles.parameters("default").values()
+    assert all(p.grad is None for p in frozen)
+    assert all(p.grad is None for p in method.pipeline.pipe.vae.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+
+
+def test_the_reward_is_never_differentiated(tiny):
+    def reward(images, prompts, metadata):
+        assert not images.requires_grad
+        return images.mean((1, 2, 3))
+
+    _, gradient = gradients(build(tiny(), reward=reward))
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["drpo", "dpo-one-step"])
+def test_only_the_ranking_counts(tiny, name):
+    face = tiny()
+    bent = lambda images, p, m: (Contrast()(images, p, m) * 50).exp() * 3 - 100  # noqa: E731
+    plain, same = (gradients(build(face, name, reward=reward))[1] for reward in (None, bent))
+    assert torch.equal(plain, same)
+
+
+@pytest.mark.parametrize("name", ["drpo", "dpo-one-step"])
+def test_equal_scores_teach_nothing(tiny, name):
+    method = build(tiny(), name, reward=lambda images, p, m: torch.full((len(images),), 0.5))
+    batch = method.collect(0)[0]
+    assert list(method.losses(batch)) == []
+    assert method.after_step(0)["frac_skipped"] == 1
+
+
+def test_an_untrained_lora_is_the_reference_and_only_the_preference_pulls(tiny):
+    method = build(tiny(), moved=False, features={"kind": "latents"})
+    batch = method.collect(0)[0]
+    (loss,) = method.losses(batch)
+    assert loss.metrics["distance"] < 1e-5
+    assert loss.metrics["drift/preference"] > 0
+
+
+def test_reversed_ranks_turn_the_preference_around(tiny):
+    face = tiny()
+    forth = gradients(build(face, reference_weight=0.0, features={"kind": "latents"}))[1]
+    against = lambda images, p, m: -Contrast()(images, p, m)  # noqa: E731
+    back = gradients(build(face, reference_weight=0.0, features={"kind": "latents"}, reward=against))[1]
+    assert F.cosine_similarity(forth, back, dim=0) < -0.5
+
+
+def test_those_that_do_not_learn_are_anchors_only(tiny):
+    method = build(tiny(), features={"kind": "latents"})
+    batch = method.collect(0)[0]
+    some = torch.zeros_like(batch.learns)
+    some[batch.better.place] = True
+    half = Ranked(batch.rollout, some, batch.better, batch.worse, batch.num_prompts)
+    again = []
+    method.rollouts.pipeline.predict, predict = counting(method, again), method.rollouts.pipeline.predict
+    _, gradient = gradients(method, half)
+    method.rollouts.pipeline.predict = predict
+    assert gradient.abs().max() > 0
+    assert sum(again) == len(batch.better)  # samples drawn with gradient
+
+
+def counting(method, found):
+    predict = method.pipeline.predict
+
+    def counted(x_t, t, condition, role, *args):
+        if role == "default" and torch.is_grad_enabled():
+            found.append(len(x_t))
+        return predict(x_t, t, condition, role, *args)
+
+    return counted
+
+
+def test_pictures_as_anchors_pull_towards_themselves(tiny):
+    # The better anchors are what the candidates are plus one in every latent: latents must want to grow.
+    method = build(tiny(), features={"kind": "latents"}, reference_weight=0.0)
+    rollout, _ = method.rollouts.collect(0, "default")
+    sides = [Anchors(rollout.latents + shift, rollout.group, None) for shift in (1.0, -1.0)]
+    batch = Ranked(rollout, torch.ones(len(rollout), dtype=torch.bool), *sides, 3)
+    (loss,) = method.losses(batch)
+    weights = list(method.pipeline.roles.parameters("default").values())
+    gradient = torch.autograd.grad(loss.value, weights)
+    with torch.no_grad():
+        for weight, slope_ in zip(weights, gradient, strict=True):
+            weight -= 1e-2 * slope_
+        grown = method.rollouts.again(rollout, "default") - rollout.latents
+    assert grown.mean() > 0
+
+
+# DPO by hand
+
+
+def test_gaps_and_slopes_are_those_of_the_equations():
+    g = torch.Generator().manual_seed(0)
+    x, better, worse, before = (torch.randn(n, 2, 3, generator=g) for n in (4, 2, 3, 4))
+    x.requires_grad_()
+
+    def gap(samples):
+        far = sum((a - b).square().mean() for a in samples for b in worse) / (len(samples) * len(worse))
+        near = sum((a - b).square().mean() for a in samples for b in better) / (len(samples) * len(better))
+        return far - near
+
+    loss = -F.logsigmoid(30.0 * (gap(x) - gap(before)))
+    (wanted,) = torch.autograd.grad(loss, x)
+    value, factor = slope(gaps(x.detach(), better, worse).mean(), gaps(before, better, worse).mean(), 30.0)
+    assert value.item() == pytest.approx(loss.item(), rel=1e-4)
+    (found,) = torch.autograd.grad(factor * gaps(x, better, worse).mean(), x)
+    assert (found - wanted).abs().max() < 1e-5
+
+
+def test_dpo_starts_at_log_two_and_falls(tiny):
+    method = build(tiny(), "dpo-one-step", moved=False)
+    batch = method.collect(0)[0]
+    (loss,) = method.losses(batch)
+    assert loss.metrics["dpo"].item() == pytest.approx(0.693147, abs=1e-4)
+    weights = list(method.pipeline.roles.parameters("default").values())
+    with torch.no_grad():
+        for weight, slope_ in zip(weights, torch.autograd.grad(loss.value, weights), strict=True):
+            weight -= 0.1 * slope_ / slope_.norm().clamp_min(1e-8)
+    moved = replace(batch.rollout, latents=method.rollouts.again(batch.rollout, "default").detach())
+    (after,) = method.losses(replace(batch, rollout=moved))
+    assert after.metrics["dpo"] < 0.6931
+
+
+def test_draft_climbs_the_reward_and_is_held_by_the_latents(tiny):
+    method = build(tiny(), "draft")
+    value, free = gradients(method)
+    assert value == pytest.approx(-method.rollouts.collect(0, "default")[0].reward.mean().item(), rel=1e-3)
+    _, held = gradients(build(method.pipeline, "draft", moved=False, latent_weight=100.0))
+    assert F.cosine_similarity(free, held, dim=0) < 0.9
+
+
+def test_ranked_is_what_methods_are_given(tiny):
+    method = build(tiny())
+    rollout, _ = method.rollouts.collect(0, "default")
+    batch = method.collect(0)[0]
+    assert torch.equal(ranked(rollout, 2, 2).better.place, batch.better.place)
