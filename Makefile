@@ -23,6 +23,9 @@ assets: .venv/ready
 	$(BIN)/trimtab train pretrain-recognizer --resume
 	cp -r runs/pretrain-micro/export/. src/trimtab/assets/micro/
 	cp -r runs/pretrain-recognizer/export/. src/trimtab/assets/recognizer/
+	$(BIN)/trimtab train gndm-micro-1step --resume
+	$(BIN)/python -c "from pathlib import Path; from trimtab.pipelines.adapters import halve; \
+		halve(Path('runs/gndm-micro-1step/export'), Path('src/trimtab/assets/micro-turbo'))"
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ ROWS = [  # top row first; a row imports only from rows above it, or from itself
     {"pipelines", "worlds"},
     {"rewards"},
     {"rollout", "forward", "captioned", "grid"},
-    {"student"},
+    {"student", "candidates"},
     {"methods"},
     {"learner", "checkpoint", "log"},
     {"metrics"},
@@ -28,6 +28,7 @@ ROWS = [  # top row first; a row imports only from rows above it, or from itself
     {"recipe"},
     {"wiring"},
     {"run", "inference", "bench"},
+    {"preferences"},
     {"cli", "__main__"},
 ]
 

@@ -56,7 +56,7 @@ def test_an_unknown_name_is_told_the_built_in_ones(monkeypatch, error):
     monkeypatch.setattr(loading, "hf_hub_download", fail)
     refused(
         "mikro",
-        rf"no built-in model \(micro\), no folder, .*\({type(error).__name__}\); check the name",
+        rf"no built-in model \(micro, micro-turbo\), no folder, .*\({type(error).__name__}\); check the name",
     )
 
 

@@ -577,3 +577,78 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(ready):
     assert record.metrics["updates"] == 2
     assert all(p.isfinite().all() for p in learner.parameters["default"].values())
     assert max(gap(p.detach(), before[name]) for name, p in learner.parameters["default"].items()) > 0
+
+
+# Candidates as preferences
+
+
+def test_pairs_are_what_the_run_saw_and_train_offline(recipe, cli):
+    rollout = {"num_inference_steps": 1}
+    path = recipe(**METHODS["drpo"], training={"max_train_steps": 2, "checkpoints_total_limit": None})
+    assert cli("train", path)[0] == 0
+    seen = [line["reward"] for line in metrics() if "reward" in line]
+    for step in (0, 1):
+        code, out, _ = cli("pairs", "runs/mine", "--step", step, "--num-pairs", 2, "--output", f"pairs{step}")
+        assert code == 0
+        assert "pairs.jsonl" in out
+        lines = [json.loads(line) for line in Path(f"pairs{step}/pairs.jsonl").read_text().splitlines()]
+        assert {line["prompt"] for line in lines} == {"a photo of a red circle", "a photo of two stars"}
+        scores = [score for line in lines for side in ("chosen", "rejected") for score in line[f"{side}_scores"]]
+        assert sum(scores) / len(scores) == pytest.approx(seen[step], rel=1e-5)  # two and two are all four candidates
+        for line in lines:
+            assert min(line["chosen_scores"]) > max(line["rejected_scores"])
+            for side in ("chosen", "rejected"):
+                for name, score in zip(line[side], line[f"{side}_scores"], strict=True):
+                    pixels = torch.tensor(list(Image.open(Path(f"pairs{step}") / name).tobytes())) / 255
+                    assert pixels.mean().item() == pytest.approx(score, abs=1 / 255)
+    offline = {"name": "drpo", "variant": "offline", "features": {"kind": "latents"}}
+    path = recipe(name="again", method=offline, rewards={}, data={"pairs": "pairs1/pairs.jsonl"}, rollout=rollout)
+    assert cli("train", path)[0] == 0
+    assert len(metrics("runs/again")) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("pairs", "nowhere"), "nowhere has no config.yaml"),
+        (("pairs", "runs/mine", "--num-pairs", 3), "3 best and 3 worst of 4 candidates overlap"),
+        (("pairs", "runs/mine", "--step", 77), "keeps no checkpoint-77"),
+        (("pairs", "runs/tokens"), "is a run of agsm without candidates"),
+    ],
+)
+def test_what_cannot_give_pairs_is_one_sentence(recipe, cli, words, sentence):
+    for name, changes in (("mine", METHODS["crd"]), ("tokens", CAPTIONED)):
+        config = run.load_config(recipe(**changes, name=name))
+        Path(f"runs/{name}").mkdir(parents=True)
+        Path(f"runs/{name}/config.yaml").write_text(run.dump(config))
+    code, _, error = cli(*words)
+    assert code == 2
+    assert sentence in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rollout": {"num_inference_steps": 2}}, "trains a generator of one call"),
+        (
+            {"rollout": {"num_inference_steps": 1, "merge_lora": True}},
+            "leave guidance_scale, solver_order and merge_lora",
+        ),
+        ({"rollout": {"num_inference_steps": 1, "group_size": 1}}, "rollout.group_size is 1"),
+        ({"method": {"name": "drpo"}}, "num_negative are 16 together and rollout.group_size is 4"),
+        ({"method": {"name": "drpo", "variant": "offline"}}, "learns from pairs; give data.pairs"),
+        ({"method": {"name": "drpo", "variant": "offline"}, "data": {"pairs": "prompts.txt"}}, "no .jsonl or .parquet"),
+        ({"data": {"pairs": "pairs.jsonl"}}, "data.pairs is given, and only method.name=drpo"),
+        ({"method": {"name": "draft"}}, "has no gradient; give it weight 0"),
+        ({"rewards": {}}, "names no reward"),
+        ({"evaluation": {"num_inference_steps": 4}}, "a generator of one call is sampled so"),
+    ],
+)
+def test_a_recipe_for_a_generator_of_one_call_is_checked_before_weights_load(
+    recipe, cli, changes, sentence, monkeypatch
+):
+    monkeypatch.setattr("trimtab.pipelines.loading.load", None)
+    changes = {"method": METHODS["drpo"]["method"], "rollout": {"num_inference_steps": 1}} | changes
+    code, _, error = cli("train", recipe(**changes))
+    assert code == 2
+    assert sentence in error

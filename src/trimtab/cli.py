@@ -116,6 +116,24 @@ def report(
 
 
 @app.command()
+def pairs(
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `trimtab train` wrote, of a method with rewards.")],
+    output: Annotated[Path | None, typer.Option(help="Default: pairs in the run folder.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Whose checkpoint draws; 0: untrained. Default: the latest.")
+    ] = None,
+    rollouts: Annotated[int, typer.Option(min=1, help="How many, of the run's size.")] = 1,
+    num_pairs: Annotated[int, typer.Option(min=1, help="The best, and the worst, kept of each prompt.")] = 1,
+) -> None:
+    """Write a run's candidates, ranked by its rewards, as a file of preferences for offline training."""
+    from trimtab import preferences
+
+    with Terminal() as display:
+        file = preferences.write_pairs(run_folder, display, output, step, rollouts, num_pairs)
+    console.print(f"pairs  {file.resolve()}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def bench(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file.")],
     overrides: Overrides = None,

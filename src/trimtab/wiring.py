@@ -75,6 +75,11 @@ class Run:
         return getattr(self.config.method, "result", TRAINED)
 
     @property
+    def sampler(self) -> str:
+        """The role that draws rollouts."""
+        return getattr(self.config.method, "sampler", TRAINED)
+
+    @property
     def writes(self) -> bool:
         return self.accelerator.is_main_process
 

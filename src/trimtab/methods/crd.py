@@ -87,6 +87,11 @@ class CRDConfig(TimesConfig):
     def frozen_roles(self) -> tuple[str, ...]:
         return (OLD,) if self.sampling_model_decay is None else (OLD, SAMPLER)
 
+    @property
+    def sampler(self) -> str:
+        """The role that draws rollouts."""
+        return OLD if self.sampling_model_decay is None else SAMPLER
+
     @field_validator("old_model_decay", "sampling_model_decay")
     @classmethod
     def _is_schedule(cls, text: str | None) -> str | None:
@@ -245,8 +250,7 @@ class CRD:
         self.updates = state["updates"]
 
     def collect(self, step: int) -> list[Rollout]:
-        sampler = OLD if self.config.sampling_model_decay is None else SAMPLER
-        rollout, self.log = self.rollouts.collect(step, sampler)
+        rollout, self.log = self.rollouts.collect(step, self.config.sampler)
         return rollout.split(self.config.updates_per_step)
 
     def losses(self, rollout: Rollout) -> Iterator[Loss]:

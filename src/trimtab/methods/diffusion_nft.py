@@ -55,6 +55,11 @@ class DiffusionNFTConfig(TimesConfig):
     def frozen_roles(self) -> tuple[str, ...]:
         return (OLD,)
 
+    @property
+    def sampler(self) -> str:
+        """The role that draws rollouts."""
+        return OLD
+
 
 def nft_errors(v: Tensor, v_old: Tensor, x_t: Tensor, x0: Tensor, t: Tensor, nft_beta: float) -> tuple[Tensor, Tensor]:
     """Eq. 1 to 3: the self-normalised errors (B,) of the positive and of the negative field; v (B, ...), t (B,)."""
@@ -97,7 +102,7 @@ class DiffusionNFT:
         self.updates = state["updates"]
 
     def collect(self, step: int) -> list[Rollout]:
-        rollout, self.log = self.rollouts.collect(step, OLD)
+        rollout, self.log = self.rollouts.collect(step, self.config.sampler)
         return rollout.split(self.config.updates_per_step)
 
     def losses(self, rollout: Rollout) -> Iterator[Loss]:

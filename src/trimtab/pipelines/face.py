@@ -96,11 +96,11 @@ class Face:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Condition:
-        """The condition of P prompts; each distinct prompt is encoded once."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._memory]
-        if new:
-            condition = self.embed(new)
-            self._memory |= {text: condition[i : i + 1] for i, text in enumerate(new)}
+        """The condition of P prompts; each distinct prompt is encoded once, and alone: in a batch its last bits would
+        depend on what happened to be new beside it, and a resumed run would not be the run that was not killed."""
+        for text in dict.fromkeys(texts):
+            if text not in self._memory:
+                self._memory[text] = self.embed([text])
         return joined([self._memory[text] for text in texts])
 
     def predict(

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline, unet
-from trimtab.pipelines.adapters import Adapters, find, merge
+from trimtab.pipelines.adapters import LORA_FILE, Adapters, find, merge
 from trimtab.pipelines.face import Face
 from trimtab.pipelines.flux import Flux
 from trimtab.pipelines.sd import SD
@@ -28,7 +28,8 @@ from trimtab.roles import LoraSettings, Roles
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUILT_IN = {"micro": ASSETS / "micro"}
+BUILT_IN = {"micro": ASSETS / "micro", "micro-turbo": ASSETS / "micro"}
+STUDENTS = {"micro-turbo": ASSETS / "micro-turbo" / LORA_FILE}  # the LoRAs that make students of them
 FACES = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -178,6 +179,7 @@ def _stock(
 ) -> tuple[type[Face], DiffusionPipeline]:
     """The face for a model, and its diffusers pipeline, frozen, with LoRAs merged in float32."""
     path = resolve(model)
+    merged = (*([STUDENTS[model]] if model in STUDENTS else []), *merged)
     face = FACES[_index(path, model)["_class_name"]]
     dtypes = {"default": precision, face.NETWORK: torch.float32 if merged else network_dtype, "vae": torch.float32}
     pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes)
@@ -201,7 +203,7 @@ def check_teacher(model: str, adapters: Sequence[str]) -> None:
     config = _json(resolve(model), "scheduler/scheduler_config.json", model)
     few = config.get("_class_name") == "LCMScheduler" or config.get("stochastic_sampling")
     students = [name for name in adapters if (Path(name) / "scheduler").is_dir()]
-    if few or students:
+    if few or students or model in STUDENTS:
         found = f"adapter {students[0]!r}" if students else f"model {model!r}"
         raise UserError(f"{found} is a few-step student, and no teacher for one; give the model that it was made from.")
 
