@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from trimtab import run
 from trimtab.optimizer import lr_factor
 from trimtab.recipe import DataConfig, ModelConfig
-from trimtab.wiring import CAPTIONED, DISTILLATION, ONLINE, PRETRAIN
+from trimtab.wiring import CAPTIONED, DISTILLATION, ONE_STEP, ONLINE, PRETRAIN
 
 RECIPES = sorted(path.stem for path in run.RECIPES.glob("*.yaml"))
 COCO = [name for name in RECIPES if name.endswith("-coco")]
@@ -16,7 +16,7 @@ COCO = [name for name in RECIPES if name.endswith("-coco")]
 def test_a_built_in_recipe_is_sound_and_named_after_its_file(name):
     config = run.load_config(name)
     assert config.name == name
-    assert config.method.name in {**ONLINE, **CAPTIONED, **DISTILLATION, **PRETRAIN}
+    assert config.method.name in {**ONLINE, **CAPTIONED, **DISTILLATION, **ONE_STEP, **PRETRAIN}
 
 
 @pytest.mark.parametrize("name", COCO)

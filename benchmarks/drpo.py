@@ -1,0 +1,201 @@
+"""Aligning the built-in one-call student: DrPO beside its baselines, what an update costs, and a field in the plane.
+
+    python benchmarks/drpo.py [--steps 100] [--seeds 0 1 2] [--only NAME ...]
+    python benchmarks/drpo.py --cost        # seconds and memory of an update as the reward model grows
+    python benchmarks/drpo.py --memory      # 64 candidates in parts of 8 against 8 at once
+
+All methods see the same number of generated pictures of the same prompts. Those that need no gradient rank by the exact
+verdict ("gold"), and a second time by the recognizer ("proxy"); those that do climb the recognizer. Scores are of the
+test prompts of blocks, 4 pictures each. Writes benchmarks/results/drpo*.{json,md}. What is finished is not run again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tables import table
+from torch import Tensor, nn
+
+from trimtab import run
+from trimtab.batch import Prompts
+from trimtab.cli import Terminal
+from trimtab.methods.draft import DRaFT, DRaFTConfig
+from trimtab.methods.drpo import DrPO, DrPOConfig
+from trimtab.pipelines import loading
+from trimtab.pipelines.features import FeaturesConfig
+from trimtab.rewards.composite import Composite
+from trimtab.roles import LoraSettings
+from trimtab.rollout import RolloutConfig, Rollouts
+from trimtab.worlds.files import load_prompts
+
+RESULTS = Path(__file__).parent / "results"
+GOLD, PROXY = "rewards={geneval: 1.0, recognizer: 0.0}", "rewards={recognizer: 1.0, geneval: 0.0}"
+DPO = "method={name: dpo-one-step}"
+VARIANTS = {  # name -> recipe and changes
+    "DrPO, gold": ("drpo-micro-turbo", [GOLD]),
+    "DrPO masked, gold": ("drpo-micro-turbo", [GOLD, "method.mask_self_anchor=true"]),
+    "DrPO raw, gold": ("drpo-micro-turbo", [GOLD, "method.field=raw"]),
+    "DPO one-step, gold": ("drpo-micro-turbo", [GOLD, DPO]),
+    "DrPO, proxy": ("drpo-micro-turbo", [PROXY]),
+    "DRaFT, proxy": ("draft-micro-turbo", []),
+}
+
+
+def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
+    """The run folder of one variant, trained to its end and evaluated."""
+    recipe, changes = VARIANTS[name]
+    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
+    overrides = [
+        *changes,
+        f"name=turbo-{slug}-seed{seed}",
+        f"seed={seed}",
+        f"output_dir={given.output}",
+        f"training.max_train_steps={given.steps}",
+        f"training.checkpointing_steps={given.steps}",
+        "training.num_validation_prompts=0",
+    ]
+    return run.train(run.load_config(recipe, overrides), given.display, resume=True, command="drpo.py")
+
+
+def numbers(folder: Path, label: str = "trained") -> dict[str, float]:
+    results = json.loads((folder / "evaluation" / label / "results.json").read_text())
+    strict = results["scores"]["strict"]
+    scores = {"strict": strict["overall"]["mean"]} | {tag: value["mean"] for tag, value in strict["tags"].items()}
+    scores["recognizer"] = results["scores"]["recognizer"]["overall"]["mean"]
+    return scores | {"frechet": results["frechet_distance"], "diversity": results["diversity"]}
+
+
+def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    folders = {name: [trained(name, seed, given) for seed in given.seeds] for name in given.only or VARIANTS}
+    rows = {"micro-turbo": [numbers(next(iter(folders.values()))[0], "base")]}
+    return rows | {name: [numbers(folder) for folder in runs] for name, runs in folders.items()}
+
+
+# ---- what an update costs
+
+
+class Judge(nn.Module):
+    """A convolutional reward of any size, with random weights: what it says is nothing, what it costs is real."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=4), nn.SiLU()]
+        for _ in range(4):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))
+        self.requires_grad_(False)
+
+    def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layers(images)[:, 0].float()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        return torch.cat([self.with_gradient(part, prompts, metadata) for part in images.split(32)])
+
+
+WIDTHS = {"0.3 M": 91, "10 M": 526, "100 M": 1666, "300 M": 2886}  # parameters: four layers of 9 width^2
+
+
+def method(name: str, judge: nn.Module, group_size: int, batch_size: int, num_prompts: int = 1):
+    """DrPO or DRaFT on micro-turbo, whole."""
+    lora = LoraSettings(rank=32, lora_alpha=64)
+    pipeline = loading.load("micro-turbo", lora=lora, precision=torch.bfloat16)
+    prompts: Prompts = load_prompts("blocks")
+    config = RolloutConfig(
+        num_prompts=num_prompts, group_size=group_size, num_inference_steps=1, sample_batch_size=batch_size
+    )
+    rollouts = Rollouts(pipeline, prompts, Composite({"judge": (judge, 1.0)}), config, pipeline.resolution, seed=0)
+    if name == "DRaFT":
+        return DRaFT(DRaFTConfig(), pipeline, rollouts, batch_size)
+    side = min(8, group_size // 3)
+    settings = DrPOConfig(num_positive=side, num_negative=side, features=FeaturesConfig(kind="latents"))
+    return DrPO(settings, pipeline, rollouts, batch_size)
+
+
+def update(method, step: int) -> None:
+    """All of an update but the optimizer's own step: draw, judge, forward, backward."""
+    weights = list(method.trained()["default"].values())
+    for batch in method.collect(step):
+        for loss in method.losses(batch):
+            loss.value.backward(inputs=weights)
+    for weight in weights:
+        weight.grad = None
+
+
+def measured(name: str, width: int, group_size: int, batch_size: int, repeats: int) -> tuple[float, int]:
+    """Median seconds of an update, and the peak bytes of a process of its own."""
+    words = [sys.executable, __file__, "--one", name, *map(str, (width, group_size, batch_size, repeats))]
+    seconds, peak = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-2:]
+    return float(seconds), int(peak)
+
+
+def one(name: str, width: int, group_size: int, batch_size: int, repeats: int) -> None:
+    torch.manual_seed(0)
+    built = method(name, Judge(width), group_size, batch_size)
+    times = []
+    for step in range(repeats + 1):
+        started = time.perf_counter()
+        update(built, step)
+        times.append(time.perf_counter() - started)
+    status = Path("/proc/self/status").read_text()  # not getrusage: a child starts with its parent's peak there
+    print(statistics.median(times[1:]), 1024 * int(status.split("VmHWM:")[1].split()[0]))
+
+
+def cost() -> str:
+    lines = [
+        "| parameters of the reward | DrPO, s | DRaFT, s | ratio | DrPO, MiB | DRaFT, MiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for label, width in WIDTHS.items():
+        repeats = 5 if width < 1000 else 3
+        (a, m), (b, n) = (measured(name, width, 24, 24, repeats) for name in ("DrPO", "DRaFT"))
+        lines.append(f"| {label} | {a:.2f} | {b:.2f} | {b / a:.2f} | {m / 2**20:.0f} | {n / 2**20:.0f} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def memory() -> str:
+    (_, one_pass), (_, two_passes) = (measured("DrPO", 91, size, 8, 2) for size in (8, 64))
+    return (
+        "| candidates | in one pass | peak, MiB | ratio |\n| --- | --- | --- | --- |\n"
+        f"| 8 | 8 | {one_pass / 2**20:.0f} | 1 |\n"
+        f"| 64 | 8 | {two_passes / 2**20:.0f} | {two_passes / one_pass:.3f} |\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS)
+    parser.add_argument("--output", type=Path, default=Path("runs"))
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        one(given.one[0], *map(int, given.one[1:]))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    name = "drpo_cost" if given.cost else "drpo_memory" if given.memory else "drpo"
+    rows: dict[str, list[dict[str, float]]] = {}
+    if given.cost or given.memory:
+        text = cost() if given.cost else memory()
+    else:
+        with Terminal() as given.display:
+            rows = compare(given)
+        text = table(rows)
+        about = {"steps": given.steps, "seeds": given.seeds}
+        (RESULTS / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
