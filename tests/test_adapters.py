@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from trimtab.errors import UserError
 from trimtab.pipelines import adapters, loading
 from trimtab.pipelines.soft_tokens import TokenSettings
+from trimtab.roles import LoraSettings
 
 TO_Q = "transformer.transformer_blocks.0.attn.to_q"
 
@@ -79,3 +80,24 @@ def test_an_adapter_given_twice_would_count_twice_and_is_refused(tiny_folder, tm
     folder = adapter(tmp_path, {f"{TO_Q}.lora_A.weight": (4, 32), f"{TO_Q}.lora_B.weight": (32, 4)})
     with pytest.raises(UserError, match="was given twice"):
         loading.check_adapters([folder, folder], str(tiny_folder))
+
+
+def test_a_lora_may_be_trained_on_soft_tokens_which_all_its_roles_then_have(tiny_folder, tmp_path):
+    face = loading.load_with_tokens(str(tiny_folder), TokenSettings(num_layers=2), num_signs=1, roles=("default",))
+    face.roles.banks["default"].base.data.mul_(50)
+    face.roles.export(tmp_path, "default", {})
+    found = loading.check_adapters([str(tmp_path)], str(tiny_folder))
+    x_t, t = torch.randn(2, *face.latent_shape(face.resolution)), torch.tensor(0.5)
+    with torch.no_grad():
+        plain, told = (
+            loading.load_for_sampling(str(tiny_folder), each).predict(x_t, t, face.encode(["a", "b"]), "default").value
+            for each in (adapters.Adapters(), found)
+        )
+    trained = loading.load(str(tiny_folder), lora=LoraSettings(rank=2, lora_alpha=2), adapters=found)
+    for role in ("ref", "default"):  # an untrained LoRA changes nothing
+        value = trained.predict(x_t, t, trained.encode(["a", "b"]), role).value
+        assert (value - told).abs().max() < 1e-5
+        assert (value - plain).abs().max() > 1e-3
+    value.square().mean().backward()
+    gradients = {name: p.grad for name, p in trained.roles.parameters("default").items()}
+    assert any(g is not None and g.abs().max() > 0 for g in gradients.values())

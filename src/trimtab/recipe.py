@@ -44,7 +44,7 @@ class ModelConfig(Strict):
     """Which model, and which of its weights learn."""
 
     pretrained_model_name_or_path: str = "micro"
-    adapters: tuple[str, ...] = ()  # LoRAs merged into the model before it is trained: `export` folders of runs
+    adapters: tuple[str, ...] = ()  # on which it is trained: `export` folders of runs; LoRAs are merged
     finetune_type: Literal["lora", "full"] = "lora"
     rank: int = Field(32, gt=0)
     lora_alpha: int = Field(64, gt=0)

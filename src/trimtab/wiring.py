@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from trimtab.learner import Learner
 from trimtab.method import Method
 from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, dpo_one_step, draft, drpo, gndm, pretrain, softrepa
 from trimtab.pipelines import Pipeline, features, loading
+from trimtab.pipelines.adapters import Adapters
 from trimtab.recipe import RunConfig
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards import build as build_rewards
@@ -93,7 +94,7 @@ class Inputs:
     pictures: Pictures | None = None
     pairs: Pairs | None = None
     unseen: Prompts | None = None  # for pictures and evaluation; of the test split, where there is one
-    merged: tuple[Path, ...] = ()  # LoRAs that become part of the model before it is trained
+    adapters: Adapters = field(default_factory=Adapters)  # what changes the model before it is trained
 
 
 def check(config: RunConfig) -> Inputs:
@@ -107,14 +108,24 @@ def check(config: RunConfig) -> Inputs:
     model = config.model.pretrained_model_name_or_path
     loading.resolve(model)
     loading.check_resolution(model, config.model.resolution)
-    merged = loading.check_adapters(config.model.adapters, model)
-    if merged.tokens is not None:
-        raise UserError(f"{merged.tokens} holds soft tokens, which can't be merged; name LoRAs in model.adapters.")
+    adapters = loading.check_adapters(config.model.adapters, model)
+    _check_tokens_below(config, adapters)
     if config.method.name in CAPTIONED:
         loading.check_tokens(config.method.tokens, model)
-        return replace(_captioned_inputs(config), merged=merged.loras)
+        return replace(_captioned_inputs(config), adapters=adapters)
     kinds = {**dict.fromkeys(DISTILLATION, _distillation_inputs), **dict.fromkeys(ONE_STEP, _one_step_inputs)}
-    return replace(kinds.get(config.method.name, _online_inputs)(config), merged=merged.loras)
+    return replace(kinds.get(config.method.name, _online_inputs)(config), adapters=adapters)
+
+
+def _check_tokens_below(config: RunConfig, adapters: Adapters) -> None:
+    """UserError unless what is trained can stand on the soft tokens that the recipe names."""
+    if adapters.tokens is None:
+        return
+    if config.method.name in CAPTIONED or config.model.finetune_type != "lora" or config.model.gradient_checkpointing:
+        raise UserError(
+            f"{adapters.tokens} holds soft tokens, on which a LoRA can be trained, without gradient checkpointing, and "
+            "neither full weights nor other tokens; leave them out of model.adapters."
+        )
 
 
 def _online_inputs(config: RunConfig) -> Inputs:
@@ -273,7 +284,7 @@ def _with_weights(config: RunConfig, accelerator: Accelerator, inputs: Inputs) -
     return loading.load(
         config.model.pretrained_model_name_or_path,
         lora=config.model.lora,
-        merged=inputs.merged,
+        adapters=inputs.adapters,
         trained=getattr(config.method, "trained_roles", (TRAINED,)),
         frozen=config.method.frozen_roles,
         precision=config.model.precision,
@@ -288,7 +299,7 @@ def _with_tokens(config: RunConfig, accelerator: Accelerator, inputs: Inputs) ->
         config.method.tokens,
         num_signs=config.method.num_signs,
         roles=config.method.roles,
-        merged=inputs.merged,
+        merged=inputs.adapters.loras,
         precision=config.model.precision,
         device=accelerator.device,
         seed=config.seed,

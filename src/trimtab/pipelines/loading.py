@@ -111,7 +111,7 @@ def load(
     model: str,
     *,
     lora: LoraSettings | None,
-    merged: Sequence[Path] = (),
+    adapters: Adapters = Adapters(),  # noqa: B008
     trained: Sequence[str] = ("default",),
     frozen: Sequence[str] = (),
     precision: torch.dtype = torch.float32,
@@ -119,9 +119,11 @@ def load(
     seed: int = 0,
 ) -> Pipeline:
     """A pipeline with the roles of `trained` and `frozen`, and `ref`. Under LoRA the backbone is in `precision`;
-    weights that train are float32. A LoRA without target modules gets those of the pipeline's face. The LoRAs in the
-    files `merged` become part of the weights first."""
-    face, pipe = _stock(model, precision, precision if lora else torch.float32, merged, device)
+    weights that train are float32. A LoRA without target modules gets those of the pipeline's face. LoRAs among the
+    `adapters` become part of the weights first; soft tokens stand beside the text of every role."""
+    face, pipe = _stock(model, precision, precision if lora else torch.float32, adapters.loras, device)
+    if adapters.tokens is not None:
+        load_soft_tokens(pipe, adapters.tokens)
     if lora is not None and lora.target_modules is None:
         lora = replace(lora, target_modules=face.TARGETS)
     network = getattr(pipe, face.NETWORK)
