@@ -3,7 +3,7 @@
 kind         of what                                                     keys (tokens, width)
 teacher      hidden states of the frozen network, slightly noised        three places (1, 16 c or more)
 latents      the auto-encoder's latents themselves                       all (1, C h w), mean and std (1, C)
-recognizer   the built-in reader of blocks, decoded pictures             cells (1, 512), mean and std (1, 32)
+recognizer   the built-in reader of blocks, decoded pictures             objects (1, 48), cells (1, 512), mean, std (1, 32)
 vit-mae      ViT-MAE, decoded pictures (arXiv 2111.06377)                patch mean, patch std and class token (1, D)
 dinov2       DINOv2, decoded pictures (arXiv 2304.07193)                 the same after four of its layers
 
@@ -12,7 +12,8 @@ to the sample, and ViT-MAE sees all of its patches (transformers would hide thre
 """
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class FeaturesConfig(Strict):
     kind: Kind = "teacher"
     time: float = Field(0.1, gt=0, lt=1)  # of the noise that the teacher sees; the released code: timestep 100
     pretrained_model_name_or_path: str | None = None  # of vit-mae and dinov2; None: their base models
+    keys: tuple[str, ...] | None = Field(None, min_length=1)  # of the map's; None: all
 
 
 def check(config: FeaturesConfig, network: nn.Module, side_px: int) -> None:
@@ -70,7 +72,19 @@ def check(config: FeaturesConfig, network: nn.Module, side_px: int) -> None:
 
 def build(config: FeaturesConfig, pipeline: Pipeline, reader: Callable[[], nn.Module]) -> FeatureMap:
     """The map of a pipeline's latents. Whatever has weights of its own is loaded strictly, frozen, in float32;
-    `reader` loads the recognizer."""
+    `reader` loads the recognizer. UserError at the first call for a key that the map has not."""
+    found = _whole(config, pipeline, reader)
+    return found if config.keys is None else partial(_some, found, config.keys)
+
+
+def _some(whole: FeatureMap, keys: tuple[str, ...], *args: Any) -> dict[str, Tensor]:
+    found = whole(*args)
+    if not found.keys() >= set(keys):
+        raise UserError(f"method.features.keys has {', '.join(keys)}; this map's keys are {', '.join(found)}.")
+    return {key: found[key] for key in keys}
+
+
+def _whole(config: FeaturesConfig, pipeline: Pipeline, reader: Callable[[], nn.Module]) -> FeatureMap:
     if config.kind == "teacher":
         return Teacher(pipeline, config.time)
     if config.kind == "latents":
@@ -140,14 +154,18 @@ def of_latents(latents: Tensor, condition: Condition, eps: Tensor) -> dict[str, 
 
 
 class Read:
-    """The layer that the recognizer's heads share (B, 32, 8, 8), averaged over cells of 2 x 2, and its moments."""
+    """How many of each shape in each colour the recognizer expects, wherever they stand; and the layer that its heads
+    share (B, 32, 8, 8), averaged over cells of 2 x 2, and its moments."""
 
     def __init__(self, network: nn.Module):
         self.network = network
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         states = self.network.trunk(images * 2 - 1)
-        return {"cells": F.avg_pool2d(states, 2).flatten(1)[:, None]} | _moments(states.flatten(2))
+        shape, color = self.network.shape(states).softmax(1)[:, 1:], self.network.color(states).softmax(1)
+        objects = torch.einsum("bshw,bchw->bsc", shape, color)  # (B, shapes, colours)
+        found = {"objects": objects.flatten(1)[:, None], "cells": F.avg_pool2d(states, 2).flatten(1)[:, None]}
+        return found | _moments(states.flatten(2))
 
 
 def _moments(x: Tensor) -> dict[str, Tensor]:
