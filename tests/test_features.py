@@ -1,5 +1,6 @@
 """Feature maps: shapes, gradients, equal features for equal samples, strict loading, refusals."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -11,6 +12,7 @@ from trimtab.pipelines import features
 from trimtab.pipelines.features import FeaturesConfig
 from trimtab.pipelines.hidden import around_the_middle
 from trimtab.rewards import recognizer
+from trimtab.worlds import blocks
 
 TEXTS = ("a red circle", "two stars")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
@@ -40,7 +42,7 @@ def samples(face):
 KINDS = {
     "teacher": ("block_0", "block_1"),
     "latents": ("all", "mean", "std"),
-    "recognizer": ("cells", "mean", "std"),
+    "recognizer": ("objects", "cells", "mean", "std"),
     "vit-mae": ("layer4_mean", "layer4_std", "layer4_cls"),
     "dinov2": tuple(f"layer{n}_{name}" for n in (1, 2, 3, 4) for name in ("mean", "std", "cls")),
 }
@@ -127,15 +129,34 @@ def test_weights_that_are_missing_are_refused(vits, tmp_path):
 @pytest.mark.parametrize(
     ("config", "side", "words"),
     [
+        ({"kind": "latents", "keys": ("all", "some")}, 64, "has 'some'; the keys of latents are all, mean, std"),
+        ({"kind": "dinov2", "keys": ("x",), "pretrained_model_name_or_path": "{vits}/dinov2"}, 64, "are layer1_mean, "),
         ({"kind": "recognizer"}, 512, "reads pictures of 64 pixels and this model draws 512"),
         ({"kind": "dinov2", "pretrained_model_name_or_path": "/nowhere"}, 64, "'/nowhere' is no folder"),
         ({"kind": "dinov2", "pretrained_model_name_or_path": "{vits}/vit-mae"}, 64, "is a vit_mae, and no dinov2"),
     ],
 )
 def test_a_map_that_does_not_suit_is_refused_before_weights_load(vits, config, side, words):
-    config = {key: value.format(vits=vits) for key, value in config.items()}
+    config = {key: value.format(vits=vits) if isinstance(value, str) else value for key, value in config.items()}
     with pytest.raises(UserError, match=words):
         features.check(FeaturesConfig(**config), nn.Linear(1, 1), side)
+
+
+def test_some_of_the_keys_may_be_asked_for(tiny):
+    face = tiny()
+    latents, eps = samples(face)
+    chosen = features.build(FeaturesConfig(kind="latents", keys=("std",)), face, recognizer.load)
+    assert tuple(chosen(latents, face.encode(TEXTS), eps)) == ("std",)
+
+
+def test_objects_are_counted_by_shape_and_colour():
+    rng = np.random.default_rng(0)
+    line = {"include": [{"class": "star", "count": 2, "color": "red"}]}
+    images = blocks.draw([blocks.scene(line, rng) for _ in range(8)])
+    found = features.Read(recognizer.load())(images)["objects"].mean((0, 1)).unflatten(0, (8, 8))
+    place = blocks.SHAPES.index("star"), list(blocks.COLORS).index("red")
+    assert found[place].item() == pytest.approx(2, abs=0.2)
+    assert found.sum().item() == pytest.approx(2, abs=0.3)
 
 
 def test_a_network_without_known_places_is_refused():

@@ -1,17 +1,17 @@
 """Frozen feature maps of latents, with gradient to them: the spaces in which DrPO compares samples.
 
-kind         of what                                                     keys (tokens, width)
-teacher      hidden states of the frozen network, slightly noised        three places (1, 16 c or more)
-latents      the auto-encoder's latents themselves                       all (1, C h w), mean and std (1, C)
-recognizer   the built-in reader of blocks, decoded pictures             objects (1, 48), cells (1, 512), mean, std (1, 32)
-vit-mae      ViT-MAE, decoded pictures (arXiv 2111.06377)                patch mean, patch std and class token (1, D)
-dinov2       DINOv2, decoded pictures (arXiv 2304.07193)                 the same after four of its layers
+kind         of what                                              keys (tokens, width)
+teacher      hidden states of the frozen network, slightly noised down, middle, up or block_<n> (1, 16 c or more)
+latents      the auto-encoder's latents themselves                all (1, C h w), mean and std (1, C)
+recognizer   the built-in reader of blocks, decoded pictures      objects (1, 64), cells (1, 512), mean and std (1, 32)
+vit-mae      ViT-MAE, decoded pictures (arXiv 2111.06377)         layer<n>_mean, _std and _cls (1, D)
+dinov2       DINOv2, decoded pictures (arXiv 2304.07193)          the same after four of its layers
 
 A map gives float32 (B, tokens, width) under each key, and for equal inputs equal features: the teacher's noise belongs
 to the sample, and ViT-MAE sees all of its patches (transformers would hide three in four anew at every call).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from trimtab.worlds.blocks import SIZE_PX
 Kind = Literal["teacher", "latents", "recognizer", "vit-mae", "dinov2"]
 FeatureMap = Callable[[Tensor, Condition, Tensor], dict[str, Tensor]]  # latents, their conditions, each sample's noise
 VITS = {"vit-mae": (ViTMAEModel, "facebook/vit-mae-base"), "dinov2": (Dinov2Model, "facebook/dinov2-base")}
+KEYS = {"latents": ("all", "mean", "std"), "recognizer": ("objects", "cells", "mean", "std")}
 VIT_SIDE = 224  # pixels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, by which both see
 SMALL = 1e-6  # under the root of a variance
@@ -49,8 +50,9 @@ class FeaturesConfig(Strict):
 
 def check(config: FeaturesConfig, network: nn.Module, side_px: int) -> None:
     """UserError unless the map exists and suits a model; `network` may be without weights. Loads none."""
+    known: Sequence[str] = KEYS.get(config.kind, ())
     if config.kind == "teacher":
-        around_the_middle(network)
+        known = tuple(around_the_middle(network))
     if config.kind == "recognizer" and side_px != SIZE_PX:
         raise UserError(
             f"method.features.kind=recognizer reads pictures of {SIZE_PX} pixels and this model draws "
@@ -68,19 +70,22 @@ def check(config: FeaturesConfig, network: nn.Module, side_px: int) -> None:
             ) from error
         if found.model_type != model.config_class.model_type:
             raise UserError(f"method.features: {name!r} is a {found.model_type}, and no {config.kind}.")
+        layers = _layers(config.kind, found.num_hidden_layers)
+        known = [f"layer{layer}_{name}" for layer in layers for name in ("mean", "std", "cls")]
+    strange = [key for key in config.keys or () if key not in known]
+    if strange:
+        raise UserError(f"method.features.keys has {strange[0]!r}; the keys of {config.kind} are {', '.join(known)}.")
 
 
 def build(config: FeaturesConfig, pipeline: Pipeline, reader: Callable[[], nn.Module]) -> FeatureMap:
     """The map of a pipeline's latents. Whatever has weights of its own is loaded strictly, frozen, in float32;
-    `reader` loads the recognizer. UserError at the first call for a key that the map has not."""
+    `reader` loads the recognizer."""
     found = _whole(config, pipeline, reader)
     return found if config.keys is None else partial(_some, found, config.keys)
 
 
 def _some(whole: FeatureMap, keys: tuple[str, ...], *args: Any) -> dict[str, Tensor]:
     found = whole(*args)
-    if not found.keys() >= set(keys):
-        raise UserError(f"method.features.keys has {', '.join(keys)}; this map's keys are {', '.join(found)}.")
     return {key: found[key] for key in keys}
 
 
@@ -128,8 +133,8 @@ class Vit:
 
     def __init__(self, network: ViTMAEModel | Dinov2Model, device: torch.device):
         self.network = network.requires_grad_(False).eval().to(device)
-        depth = network.config.num_hidden_layers
-        self.layers = (depth,) if isinstance(network, ViTMAEModel) else tuple(depth * q // 4 for q in (1, 2, 3, 4))
+        kind = "vit-mae" if isinstance(network, ViTMAEModel) else "dinov2"
+        self.layers = _layers(kind, network.config.num_hidden_layers)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         images = F.interpolate(images, (VIT_SIDE, VIT_SIDE), mode="bicubic", align_corners=False)
@@ -146,6 +151,10 @@ class Vit:
             found |= {f"layer{layer}_{name}": x for name, x in _moments(patches.mT).items()}
             found[f"layer{layer}_cls"] = states[layer][:, :1].float()
         return found
+
+
+def _layers(kind: str, depth: int) -> tuple[int, ...]:
+    return (depth,) if kind == "vit-mae" else tuple(depth * quarter // 4 for quarter in (1, 2, 3, 4))
 
 
 def of_latents(latents: Tensor, condition: Condition, eps: Tensor) -> dict[str, Tensor]:
