@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trimtab.batch import Prompts
-from trimtab.candidates import Offline, Ranked, best_and_worst, ranked, successes_and_failures
+from trimtab.candidates import (
+    Offline,
+    Ranked,
+    Space,
+    best_and_worst,
+    in_units_of_siblings,
+    ranked,
+    successes_and_failures,
+)
 from trimtab.errors import UserError
-from trimtab.rewards.composite import Composite, RewardFailed
+from trimtab.rewards.composite import Composite, RewardFailed, Scored
 from trimtab.rollout import RolloutConfig, Rollouts
 from trimtab.worlds.pairs import load_pairs
 
@@ -188,3 +196,64 @@ def test_a_picture_that_proves_broken_is_named_or_left_out(tiny, folder):
     batch, log = offline(tiny(), folder, "skip").collect(0, "default")
     assert [batch.rollout.prompts.text[g] for g in batch.rollout.group.unique()] == ["a red circle"]
     assert (len(batch.worse), log["skipped_pictures"], batch.frac_skipped()) == (1, 1, 0.5)
+
+
+def test_several_rewards_are_weighed_in_units_of_the_siblings():
+    group = torch.arange(2).repeat_interleave(4)
+    small, large = torch.tensor([0.1, 0.2, 0.3, 0.4] * 2), torch.tensor([400.0, 300, 200, 100, 1, 1, 1, 1])
+    scored = Scored(small + large, {"small": small, "large": large}, {})
+    rewards = Composite({"small": (None, 3.0), "large": (None, 1.0), "watched": (None, 0.0)})
+    worth = in_units_of_siblings(scored, rewards, group)
+    z = torch.tensor([-1.5, -0.5, 0.5, 1.5]) / torch.tensor([1.25]).sqrt()
+    assert (worth[:4] - (3 * z - z) / 4).abs().max() < 1e-4  # the larger number would win a plain sum
+    assert (worth[4:] - 3 * z / 4).abs().max() < 1e-4  # equal scores say nothing
+    alone = Composite({"small": (None, 3.0), "watched": (None, 0.0)})
+    assert torch.equal(in_units_of_siblings(scored, alone, group), scored.total)
+
+
+def test_what_does_not_apply_to_a_prompt_is_left_out_and_a_missing_score_is_missing():
+    nan = float("nan")
+    group = torch.arange(2).repeat_interleave(3)
+    a, b = torch.tensor([1.0, 2, 3, 4, 5, nan]), torch.tensor([nan, nan, nan, 1, 2, 3])
+    rewards = Composite({"a": (None, 1.0), "b": (None, 1.0)})
+    total = torch.tensor([1.0, 2, 3, 5, 7, nan])
+    worth = in_units_of_siblings(Scored(total, {"a": a, "b": b}, {}), rewards, group)
+    assert worth[:3].diff().min() > 0
+    assert worth[4] > worth[3]
+    assert worth[5].isnan()
+
+
+def test_a_prompt_that_cannot_be_scored_is_not_drawn_again(tiny):
+    """Of two prompts, one whose pictures are never scored and one that needs two rounds."""
+    asked = []
+
+    def reward(images, prompts, metadata):
+        asked.append(len(images))
+        if len(asked) == 1:
+            return torch.tensor([float("nan") if p == bad else 0.0 for p in prompts])
+        return torch.tensor([1.0, 1.0, 0.0, 0.0])[: len(images)]
+
+    made = rollouts(tiny(), reward, num_prompts=2)
+    bad = made.prompts_of(0).text[0]
+    batch, log = successes_and_failures(made, 0, "default", 0.5, 2, 3)
+    assert asked == [8, 4]
+    assert len(batch.rollout.group.unique()) == 1
+    assert batch.frac_skipped() == 0.5
+    assert log["images"] == 8
+
+
+def test_noise_of_pictures_belongs_to_them_whatever_is_beside_them(tiny, folder):
+    made = offline(tiny(), folder)
+    batch, _ = made.collect(0, "default")
+    seen = []
+
+    def feature_map(latents, condition, eps):
+        seen.append(eps)
+        return {"eps": eps.flatten(1)[:, None]}
+
+    space = Space(made.rollouts, feature_map, 1)
+    whole = space.of_anchors(batch.worse, batch.rollout, {})["eps"]
+    for group in batch.rollout.group.unique():
+        alone = batch[(batch.rollout.group == group).nonzero().flatten()]
+        assert torch.equal(space.of_anchors(alone.worse, alone.rollout, {})["eps"], whole[batch.worse.group == group])
+    assert len({x.sum().item() for x in whole}) == 3

@@ -30,7 +30,7 @@ def vits(tmp_path_factory):
 def look(face, kind, latents, eps, folder=None):
     name = None if folder is None else str(folder / kind)
     config = FeaturesConfig(kind=kind, pretrained_model_name_or_path=name)
-    return features.build(config, face, recognizer.load)(latents, face.encode(TEXTS), eps)
+    return features.build(config, face, recognizer.on)(latents, face.encode(TEXTS), eps)
 
 
 def samples(face):
@@ -87,7 +87,7 @@ def test_the_teacher_is_the_frozen_network_and_sees_prompt_and_noise(tiny):
         p.data = torch.ones_like(p) if "lora_B" in key else p.data
     assert torch.equal(look(face, "teacher", latents, eps)["block_1"], plain)
     assert not torch.equal(look(face, "teacher", latents, -eps)["block_1"], plain)
-    other = features.build(FeaturesConfig(), face, recognizer.load)(latents, face.encode(TEXTS[::-1]), eps)["block_1"]
+    other = features.build(FeaturesConfig(), face, recognizer.on)(latents, face.encode(TEXTS[::-1]), eps)["block_1"]
     assert not torch.equal(other, plain)
 
 
@@ -145,7 +145,7 @@ def test_a_map_that_does_not_suit_is_refused_before_weights_load(vits, config, s
 def test_some_of_the_keys_may_be_asked_for(tiny):
     face = tiny()
     latents, eps = samples(face)
-    chosen = features.build(FeaturesConfig(kind="latents", keys=("std",)), face, recognizer.load)
+    chosen = features.build(FeaturesConfig(kind="latents", keys=("std",)), face, recognizer.on)
     assert tuple(chosen(latents, face.encode(TEXTS), eps)) == ("std",)
 
 

@@ -1,17 +1,24 @@
 """Methods for generators of one call, on a real tiny pipeline: two passes are one, and nothing moves that must not."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 from trimtab.batch import Prompts
 from trimtab.candidates import Anchors, Ranked, ranked
+from trimtab.learner import Learner
 from trimtab.methods.dpo_one_step import DPOOneStep, DPOOneStepConfig, gaps, slope
 from trimtab.methods.draft import DRaFT, DRaFTConfig
 from trimtab.methods.drpo import DrPO, DrPOConfig
+from trimtab.optimizer import OptimizerConfig
+from trimtab.pipelines import loading
 from trimtab.rewards.composite import Composite
+from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig, Rollouts
 
 TEXTS = ("a red circle", "two stars", "a blue square")
@@ -85,7 +92,7 @@ def test_baselines_have_one_gradient_at_any_batch_size(tiny, name):
     value, gradient = gradients(build(face, name))
     assert gradient.abs().max() > 1e-4
     again, same = gradients(build(face, name, batch_size=4))
-    assert again == pytest.approx(value, rel=1e-4)
+    assert again == pytest.approx(value, rel=1e-4, abs=1e-6)
     assert (same - gradient).abs().max() < 1e-5 * max(1, gradient.abs().max().item())
 
 
@@ -127,7 +134,7 @@ def test_equal_scores_teach_nothing(tiny, name):
     assert method.after_step(0)["frac_skipped"] == 1
 
 
-def test_an_untrained_lora_is_the_reference_and_only_the_preference_pulls(tiny):
+def test_an_untrained_lora_is_the_reference(tiny):
     method = build(tiny(), moved=False, features={"kind": "latents"})
     batch = method.collect(0)[0]
     (loss,) = method.losses(batch)
@@ -209,14 +216,14 @@ def test_dpo_starts_at_log_two_and_falls(tiny):
     method = build(tiny(), "dpo-one-step", moved=False)
     batch = method.collect(0)[0]
     (loss,) = method.losses(batch)
-    assert loss.metrics["dpo"].item() == pytest.approx(0.693147, abs=1e-4)
+    assert loss.value.item() == pytest.approx(0.693147, abs=1e-4)
     weights = list(method.pipeline.roles.parameters("default").values())
     with torch.no_grad():
         for weight, slope_ in zip(weights, torch.autograd.grad(loss.value, weights), strict=True):
             weight -= 0.1 * slope_ / slope_.norm().clamp_min(1e-8)
     moved = replace(batch.rollout, latents=method.rollouts.again(batch.rollout, "default").detach())
     (after,) = method.losses(replace(batch, rollout=moved))
-    assert after.metrics["dpo"] < 0.6931
+    assert after.value < 0.6931
 
 
 def test_draft_climbs_the_reward_and_is_held_by_the_latents(tiny):
@@ -232,3 +239,43 @@ def test_ranked_is_what_methods_are_given(tiny):
     rollout, _ = method.rollouts.collect(0, "default")
     batch = method.collect(0)[0]
     assert torch.equal(ranked(rollout, 2, 2).better.place, batch.better.place)
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("variant", ["online", "binary"])
+def test_processes_that_skip_different_prompts_do_not_wait_for_each_other(tiny_folder, tmp_path, variant):
+    torch.multiprocessing.spawn(skip, args=(str(tmp_path), str(tiny_folder), variant), nprocs=2)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)  # they stay one model
+    assert any(x.abs().max() > 0 for name, x in first.items() if "lora_B" in name)
+
+
+def skip(rank: int, folder: str, model: str, variant: str) -> None:
+    """Two steps; in the first only the second process has a prompt that teaches, in the second neither has."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    accelerator = Accelerator(cpu=True)
+    face = loading.load(model, lora=LoraSettings(rank=2, lora_alpha=4))
+    asked = []
+
+    def reward(images, prompts, metadata):
+        asked.append(len(images))
+        teaches = rank == 1 and len(asked) == 1
+        return torch.arange(float(len(images))) % 2 if teaches else torch.zeros(len(images))
+
+    rollout = RolloutConfig(num_prompts=2, group_size=4, num_inference_steps=1)
+    rewards = Composite({"mine": (reward, 1.0)})
+    gather = accelerator.gather
+    rollouts = Rollouts(face, PROMPTS[[0, 1]], rewards, rollout, face.resolution, 3, rank, 2, gather)
+    config = DrPOConfig(variant=variant, num_positive=2, num_negative=2, num_rounds=3, features={"kind": "latents"})
+    learner = Learner(DrPO(config, face, rollouts, 8), accelerator, OptimizerConfig(learning_rate=1e-2), 2)
+    records = [record.metrics for record in learner.run()]
+    assert [r["frac_skipped"] for r in records] == [float(rank == 0), 1.0]
+    expected = {"online": 2, "binary": 6 - 2 * rank}[variant]  # rounds differ, too
+    assert len(asked) == expected
+    save_file({n: p.detach() for n, p in face.roles.parameters("default").items()}, f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()

@@ -14,11 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from trimtab import noise
+from trimtab import groups, noise
 from trimtab.batch import Condition, Prompts, Rollout
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.features import FeatureMap
+from trimtab.rewards.composite import Composite, Scored
 from trimtab.rollout import Rollouts, comparable
 from trimtab.worlds.pairs import Pairs
 from trimtab.worlds.pictures import CURE, Unusable
@@ -114,6 +115,23 @@ def best_and_worst(reward: Tensor, group: Tensor, num_best: int, num_worst: int)
     return best, worst
 
 
+def in_units_of_siblings(scored: Scored, rewards: Composite, group: Tensor) -> Tensor:
+    """What candidates are worth together (B,): each reward less its siblings' mean, in units of their deviation, then
+    weighted; NaN where a score is missing. One reward stays as it is, for only its order counts."""
+    weights = {name: weight for name, (_, weight) in rewards.rewards.items() if weight}
+    if len(weights) == 1:
+        return scored.total
+    total = torch.where(scored.total.isnan(), torch.nan, 0.0)
+    known = scored.total.isfinite()
+    for name, weight in weights.items():
+        raw = scored.raw[name].float()
+        fits = known & raw.isfinite()  # a reward that does not apply to a prompt is NaN for all its siblings
+        own = groups.centred(raw[fits], group[fits])
+        spread = groups.means(own.square(), group[fits]).sqrt().clamp_min(1e-6)
+        total[fits] += weight * own / spread
+    return total / sum(abs(weight) for weight in weights.values())
+
+
 def ranked(rollout: Rollout, num_best: int, num_worst: int) -> Ranked:
     """The candidates of the prompts of which some are better than others; all of these learn."""
     best, worst = best_and_worst(rollout.reward, rollout.group, num_best, num_worst)
@@ -167,7 +185,8 @@ class Space:
         if side.place is not None:
             return {key: x[side.place.to(x.device)] for key, x in found.items()}
         index = [rollout.prompts.index[g] for g in side.group]
-        keys = [(rollout.seed, rollout.step, i, n, noise.ANCHORS) for n, i in enumerate(index)]
+        number = [int((side.group[:n] == g).sum()) for n, g in enumerate(side.group)]  # within its prompt
+        keys = [(rollout.seed, rollout.step, i, n, noise.ANCHORS) for i, n in zip(index, number, strict=True)]
         parts = []
         for part in torch.arange(len(side)).split(self.batch_size):
             latents = side.latents[part.to(side.latents.device)]
@@ -204,14 +223,17 @@ def successes_and_failures(
         drawn = replace(drawn[known], reward=total[known].float(), group=torch.tensor(waiting)[drawn.group[known]])
         rounds.append(drawn)
         reward, group = (torch.cat([getattr(each, name) for each in rounds]) for name in ("reward", "group"))
-        waiting = [g for g in waiting if _short(reward[group == g] > threshold, num_each)]
+        seen = {g: reward[group == g] > threshold for g in waiting}
+        waiting = [g for g in waiting if len(seen[g]) and _short(seen[g], num_each)]  # none scored: none will be
     comparable(
         torch.cat([each.reward for each in rounds]), torch.cat([each.group for each in rounds]), rollouts.everybody
     )
     rollout = _joined(rounds, prompts, rollouts.pipeline)
     good = rollout.reward > threshold
     best, worst = torch.zeros_like(good), torch.zeros_like(good)
-    for g in set(range(len(prompts))) - set(waiting):
+    for g in range(len(prompts)):
+        if _short(good[rollout.group == g], num_each):
+            continue
         for marks, side in ((best, good), (worst, ~good)):
             marks[((rollout.group == g) & side).nonzero().squeeze(1)[:num_each]] = True
     rows = (best | worst).nonzero().squeeze(1)

@@ -1,8 +1,8 @@
 """`trimtab pairs`: candidates of a run, ranked by its rewards, as a file of preferences that offline training reads.
 
 A rollout is a function of the step and of the weights that draw it. So with a kept checkpoint the run's own pictures
-of that step come again, bit for bit (without one, at step 0, those of its very first), and after them what its policy
-would have drawn next.
+of that step come again (without one, at step 0, those of its very first), and after them what its policy would have
+drawn next. Several processes draw other batches, whose last bits differ; of a binary run these are the first rounds.
 """
 
 import json
@@ -36,11 +36,13 @@ def write_pairs(
             f"{num_pairs} best and {num_pairs} worst of {config.rollout.group_size} candidates overlap; give "
             f"--num-pairs of at most {config.rollout.group_size // 2}."
         )
+    output = output or folder / "pairs"
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; give --output the name of a folder.")
     inputs = check(config)
     run = build(config, folder, Accelerator(cpu=not torch.cuda.is_available()), inputs, display)
     if saved is not None:
         run.learner.load_state(checkpoint.load(saved))
-    output = output or folder / "pairs"
     lines: list[dict] = []
     for number in range(num_rollouts):
         lines += _ranked(run, step + number, num_pairs, output)
@@ -59,7 +61,8 @@ def _checked(folder: Path, step: int | None) -> tuple[RunConfig, int, Path | Non
     if not file.is_file():
         raise UserError(f"{folder} has no config.yaml; give the folder of a run that `trimtab train` wrote.")
     config = validate(RunConfig, {k: v for k, v in load_yaml(file).items() if k not in ABOUT}, str(file))
-    if config.method.name not in (*ONLINE, *ONE_STEP) or not config.rewards:
+    offline = getattr(config.method, "variant", "online") == "offline"
+    if config.method.name not in (*ONLINE, *ONE_STEP) or not config.rewards or offline:
         raise UserError(f"{folder} is a run of {config.method.name} without candidates that a reward ranked.")
     if step == 0:
         return config, 0, None

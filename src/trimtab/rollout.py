@@ -60,16 +60,21 @@ class Rollouts:
     gather: Callable[[Tensor], Tensor] | None = None  # needed where there are several processes
 
     @torch.no_grad()
-    def collect(self, step: int, role: str) -> tuple[Rollout, dict[str, float]]:
-        """The rollout of a step, sampled by `role`, and what to log of it; unscored pictures are left out."""
+    def collect(
+        self, step: int, role: str, combine: Callable[[Scored, Composite, Tensor], Tensor] | None = None
+    ) -> tuple[Rollout, dict[str, float]]:
+        """The rollout of a step, sampled by `role`, and what to log of it; unscored pictures are left out. `combine`
+        says what several rewards are worth together (B,), given their scores and the groups; None: their sum."""
         started = time.perf_counter()
         drawn, images = self.draw(self.prompts_of(step), step, role)
         sampled = time.perf_counter()
         scored = self.scores(drawn, images)
         seconds = {"seconds/sampling": sampled - started, "seconds/rewards": time.perf_counter() - sampled}
         kept = comparable(scored.total, drawn.group, self.everybody)
-        rollout = self.rewarded(drawn[kept], scored.total[kept])
-        return rollout, self.log(scored, rollout) | seconds | {"images": float(len(images))}
+        total = scored.total if combine is None else combine(scored, self.rewards, drawn.group)
+        rollout = self.rewarded(drawn[kept], total[kept])
+        log = self.log(scored, rollout) | {"reward": scored.total[kept].mean().item()}
+        return rollout, log | seconds | {"images": float(len(images))}
 
     @torch.no_grad()
     def draw(
@@ -154,7 +159,6 @@ class Rollouts:
     def log(self, scored: Scored, rollout: Rollout) -> dict[str, float]:
         """What there is to say of a rollout."""
         log = {
-            "reward": rollout.reward.mean().item(),
             "reward_std": rollout.reward.std(correction=0).item(),
             "frac_reward_zero_std": groups.frac_zero_std(rollout.reward, rollout.group).item(),
             "diversity": _distance(rollout.latents, rollout.group),

@@ -131,7 +131,8 @@ def _check_tokens_below(config: RunConfig, adapters: Adapters) -> None:
 def _online_inputs(config: RunConfig) -> Inputs:
     if not config.rewards:
         raise UserError("the recipe names no reward; add one, for example rewards='{path/to/file.py:function: 1.0}'.")
-    if config.rollout.group_size < 2:
+    alone = config.method.name == "draft" and all(config.rewards.values())  # nothing is compared
+    if config.rollout.group_size < 2 and not alone:
         raise UserError("rollout.group_size is 1; give 2 or more, for samples are compared with their siblings.")
     prompts = _prompts(config)
     unseen = load_prompts(config.evaluation.suite or config.data.prompts, "test") if _shows(config) else None
@@ -187,12 +188,15 @@ def _one_step_inputs(config: RunConfig) -> Inputs:
     inputs = _online_inputs(config)
     if isinstance(method, draft.DRaFTConfig):
         draft.DRaFT.check_rewards(inputs.rewards)
-    elif getattr(method, "variant", "online") == "online":
-        needed = method.num_positive + method.num_negative
-        if needed > rollout.group_size:
+    else:
+        needed, there = method.num_positive + method.num_negative, rollout.group_size
+        rounds = ""
+        if getattr(method, "variant", "online") == "binary":
+            there, rounds = there * method.num_rounds, f" in {method.num_rounds} rounds"
+        if needed > there:
             raise UserError(
-                f"method.num_positive and num_negative are {needed} together and rollout.group_size is "
-                f"{rollout.group_size}; a candidate is not among the best and the worst: make it {needed} or more."
+                f"method.num_positive and num_negative are {needed} together and a prompt has {there} candidates"
+                f"{rounds}; none is among the best and the worst at once: make rollout.group_size larger."
             )
     return inputs
 

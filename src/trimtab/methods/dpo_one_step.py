@@ -10,8 +10,8 @@ after DPO (arXiv 2305.18290). x are latents of a prompt's K candidates, P and N 
     symbol   name                 symbol   name
     beta     beta                 M        num_positive, num_negative
 
-Departures: none from the released code that are known. Equation 3 is differentiated in two steps: its slope in the gap
-comes from the candidates as they were drawn, then the gap's own gradient, a part of the candidates at a time.
+Departures: prompts whose candidates all score the same are left out. Equation 3 is differentiated in two steps: its
+slope in the gap comes from the candidates as they were drawn, then the gap's own gradient, a part of them at a time.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.batch import whole_groups
-from trimtab.candidates import Ranked, latents_of, ranked
+from trimtab.candidates import Ranked, in_units_of_siblings, latents_of, ranked
 from trimtab.config import Strict
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
@@ -78,7 +78,7 @@ class DPOOneStep:
         return {"roles": self.pipeline.roles}
 
     def collect(self, step: int) -> list[Ranked]:
-        rollout, self.log = self.rollouts.collect(step, TRAINED)
+        rollout, self.log = self.rollouts.collect(step, TRAINED, in_units_of_siblings)
         batch = ranked(rollout, self.config.num_positive, self.config.num_negative)
         self.log["frac_skipped"] = batch.frac_skipped()
         return [batch]
@@ -88,9 +88,9 @@ class DPOOneStep:
             pack = batch[members]
             losses, slopes = self._slopes(pack)
             for part in torch.arange(len(pack)).split(self.batch_size):
-                x = self.rollouts.again(pack.rollout[part], TRAINED)
-                surrogate = (slopes[part.to(x.device)] * self._gaps(pack, part, x)).sum()
-                yield Loss(TRAINED, surrogate, {"dpo": losses})
+                x, rows = self.rollouts.again(pack.rollout[part], TRAINED), part.to(losses.device)
+                linear = (slopes[rows] * self._gaps(pack, part, x)).sum()
+                yield Loss(TRAINED, losses[rows].sum() + linear - linear.detach())
 
     def after_step(self, step: int) -> dict[str, float]:
         return self.log
@@ -100,17 +100,17 @@ class DPOOneStep:
 
     @torch.no_grad()
     def _slopes(self, pack: Ranked) -> tuple[Tensor, Tensor]:
-        """The mean of eq. 3 over the prompts, and its derivative in each candidate's own gap (B,)."""
+        """Each candidate's part of eq. 3, which is the mean over prompts, and the derivative in its own gap: (B,)."""
         everyone = torch.arange(len(pack))
         now = self._gaps(pack, everyone, pack.rollout.latents)
         before = self._gaps(pack, everyone, latents_of(self.rollouts, pack.rollout, REFERENCE, self.batch_size))
-        weights, losses = torch.zeros_like(now), []
+        losses, slopes = torch.zeros_like(now), torch.zeros_like(now)
         for group in pack.rollout.group.unique():
             rows = (pack.rollout.group == group).nonzero().squeeze(1)
             loss, factor = slope(now[rows].mean(), before[rows].mean(), self.config.beta)
-            weights[rows] = factor / len(rows) / pack.num_prompts
-            losses.append(loss)
-        return torch.stack(losses).mean(), weights
+            share = 1 / len(rows) / pack.num_prompts
+            losses[rows], slopes[rows] = loss * share, factor * share
+        return losses, slopes
 
     def _gaps(self, pack: Ranked, rows: Tensor, x: Tensor) -> Tensor:
         """Of candidates `rows` with latents x (N, ...), each against its own prompt's anchors: (N,)."""

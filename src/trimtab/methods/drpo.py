@@ -10,7 +10,7 @@ reward may be anything. The field is that of drifting models (github.com/lambert
     (4)  A = w_j sqrt( softmax_j(L) softmax_i(L) );   A+ on Y+, A- on X and Y-;   a+- = sum_j A+-
     (5)  F_i = a-_i sum_+ A+_ij v_j - a+_i sum_- A-_ij v_j
     (6)  V = sum over tau of F / rms(F)                                 field="normalised": the released code
-         V = mean over tau of F / (a+ + a-)^2                           field="raw": vanishes where the sets agree
+         V = mean over tau of F / (a+ + a-)^2                           field="raw": of no fixed size
     (7)  L = mean_ij ( u - stopgrad(u + eta V) )^2,  c held constant;   its gradient in x is -2 eta V / (n D c)
 
     preference   Y+ = features of the M best, Y- = features of the M worst
@@ -22,15 +22,18 @@ reward may be anything. The field is that of drifting models (github.com/lambert
     lambda   reference_weight         tau      temperatures
     w+, w-   positive_, negative_weight   eta  step_size
 
-Not in the code that was released, and ours: `field="raw"`, whose size tells how far the sets are apart, so that the
-reference can hold a balance; `mask_self_anchor` and `token_mode="per_location"`; no update where scores are equal.
+Not in the code that was released, and ours: `field="raw"`, which fades where the sides come to agree, so that
+preference and reference can balance; `mask_self_anchor` and `token_mode="per_location"`; no update where scores are
+equal.
 
 Departures:
 
 1. s, rms and means are those of one prompt. The released function averages over its batch, which it calls with one.
 2. Anchors are rows of the candidates' own features; the release extracts and decodes them again.
-3. variant="binary": a prompt with too few successes or failures is skipped; its process goes on with the others.
-4. Loss (7) says little: under "normalised" it lies between 3 and 9 (times 1 + lambda) whatever the state of training.
+3. One pair of weights w+, w- serves both fields; SDXL-Turbo's scripts have others for the reference (3500, 5000), which
+   changes the direction by less than a rounding (see tests).
+4. variant="binary": a prompt with too few successes or failures is skipped; its process goes on with the others.
+5. Loss (7) says little: under "normalised" it lies between 3 and 9 (times 1 + lambda) whatever the state of training.
    Watch `drift`, `distance` and a reward that is not trained on: under "normalised" nothing but time stops the drift.
 """
 
@@ -45,7 +48,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trimtab.batch import whole_groups
-from trimtab.candidates import Offline, Ranked, Space, latents_of, ranked, successes_and_failures
+from trimtab.candidates import Offline, Ranked, Space, in_units_of_siblings, latents_of, ranked, successes_and_failures
 from trimtab.config import Strict
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
@@ -239,7 +242,7 @@ class DrPO:
     log: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        feature_map = build(self.config.features, self.pipeline, recognizer.load)
+        feature_map = build(self.config.features, self.pipeline, recognizer.on)
         self.space = Space(self.rollouts, feature_map, self.batch_size)
         self.offline = None if self.pairs is None else Offline(self.rollouts, self.pairs)
 
@@ -257,7 +260,7 @@ class DrPO:
             settings = (config.threshold, config.num_positive, config.num_rounds)
             batch, self.log = successes_and_failures(self.rollouts, step, TRAINED, *settings)
         else:
-            rollout, self.log = self.rollouts.collect(step, TRAINED)
+            rollout, self.log = self.rollouts.collect(step, TRAINED, in_units_of_siblings)
             batch = ranked(rollout, config.num_positive, config.num_negative)
         self.log["frac_skipped"] = batch.frac_skipped()
         return [batch]
@@ -294,7 +297,7 @@ class DrPO:
         goals: dict[str, list[Goal]] = {LATENTS: []}
         if config.reference_weight or config.latent_weight:
             origin = latents_of(self.rollouts, pack.rollout, REFERENCE, self.batch_size)
-            before = space.in_parts(pack.rollout, origin)
+            before = space.in_parts(pack.rollout, origin) if config.reference_weight else {}
             goals[LATENTS] = [Goal(_token(origin), torch.ones_like(share)[:, None, None], config.latent_weight * share)]
         for key, x in found.items():
             weights = [1.0, config.reference_weight] if config.reference_weight else [1.0]
@@ -306,7 +309,9 @@ class DrPO:
                 sets = [(better[key][pack.better.of(group)], worse[key][pack.worse.of(group)], *masks)]
                 if config.reference_weight:
                     sets.append((before[key][rows], x[rows], None, torch.eye(len(rows), dtype=torch.bool)))
-                    apart = (x[rows] - before[key][rows]).square().mean() / x[rows].var(0, correction=0).mean()
+                    apart = (x[rows] - before[key][rows]).square().mean() / x.var(0, correction=0).mean().clamp_min(
+                        1e-12
+                    )
                     log["distance"].append(apart.sqrt())
                 for goal, name, each in zip(goals[key], ("preference", "reference"), sets, strict=False):
                     goal.target[rows], goal.unit[rows], size = moved(x[rows], *each, config)

@@ -77,9 +77,9 @@ def check(config: FeaturesConfig, network: nn.Module, side_px: int) -> None:
         raise UserError(f"method.features.keys has {strange[0]!r}; the keys of {config.kind} are {', '.join(known)}.")
 
 
-def build(config: FeaturesConfig, pipeline: Pipeline, reader: Callable[[], nn.Module]) -> FeatureMap:
+def build(config: FeaturesConfig, pipeline: Pipeline, reader: Callable[[torch.device], nn.Module]) -> FeatureMap:
     """The map of a pipeline's latents. Whatever has weights of its own is loaded strictly, frozen, in float32;
-    `reader` loads the recognizer."""
+    `reader` gives the recognizer on a device."""
     found = _whole(config, pipeline, reader)
     return found if config.keys is None else partial(_some, found, config.keys)
 
@@ -89,13 +89,13 @@ def _some(whole: FeatureMap, keys: tuple[str, ...], *args: Any) -> dict[str, Ten
     return {key: found[key] for key in keys}
 
 
-def _whole(config: FeaturesConfig, pipeline: Pipeline, reader: Callable[[], nn.Module]) -> FeatureMap:
+def _whole(config: FeaturesConfig, pipeline: Pipeline, reader: Callable[[torch.device], nn.Module]) -> FeatureMap:
     if config.kind == "teacher":
         return Teacher(pipeline, config.time)
     if config.kind == "latents":
         return of_latents
     if config.kind == "recognizer":
-        return Seen(pipeline, Read(reader().to(pipeline.device)))
+        return Seen(pipeline, Read(reader(pipeline.device)))
     model, name = VITS[config.kind]
     return Seen(pipeline, Vit(_strictly(model, config.pretrained_model_name_or_path or name), pipeline.device))
 

@@ -6,6 +6,7 @@ For each of 8 x 8 cells it says which shape, if any, has its centre there, and i
 a shape is then the sum of its probabilities, and facts are scored on such sums with credits in [0, 1].
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -113,6 +114,12 @@ def load(path: Path = ASSET) -> Recognizer:
     return recognizer.eval().requires_grad_(False)
 
 
+@cache
+def on(device: torch.device) -> Recognizer:
+    """The same on a device, one for each: it may judge on one while it is looked through on another."""
+    return copy.deepcopy(load()).to(device)
+
+
 class RecognizerScore:
     """The recognizer as a reward; NaN for a prompt without GenEval facts."""
 
@@ -129,9 +136,5 @@ class RecognizerScore:
         if not known:
             return scores
         return scores.index_put(
-            (torch.tensor(known),), self._on(images.device).score(images[known], [metadata[i] for i in known])
+            (torch.tensor(known),), on(images.device).score(images[known], [metadata[i] for i in known])
         )
-
-    @staticmethod
-    def _on(device: torch.device) -> Recognizer:
-        return load().to(device)

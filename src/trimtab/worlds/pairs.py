@@ -93,6 +93,15 @@ def _numbered(
     return Pairs(prompts, tuple(columns[0]), tuple(columns[1]), in_order, on_error, skipped)
 
 
+def usable_text(prompt: str, where: str) -> str:
+    """A prompt without what is around it; Unusable for text that no tokenizer could read."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise Unusable(f"{where} has a prompt that is no text ({error.reason})") from error
+    return prompt.strip()
+
+
 # ---- JSONL
 
 
@@ -109,11 +118,15 @@ def _jsonl(path: Path) -> Iterator[Callable[[], Comparison]]:
 def _comparison(path: Path, where: str, text: str) -> Comparison:
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unusable(f"{where} is not JSON ({error}): {text[:60]!r}") from error
     if not isinstance(line, dict) or not isinstance(line.get("prompt"), str) or not line["prompt"].strip():
         raise Unusable(f"{where} has no text under 'prompt': {text[:60]!r}")
-    return line["prompt"].strip(), *(_files(path.parent, where, line, side) for side in ("chosen", "rejected"))
+    chosen, rejected = (_files(path.parent, where, line, side) for side in ("chosen", "rejected"))
+    both = {name for name, _ in chosen} & {name for name, _ in rejected}
+    if both:
+        raise Unusable(f"{where} has {min(both)} on both sides")
+    return usable_text(line["prompt"], where), chosen, rejected
 
 
 def _files(folder: Path, where: str, line: dict[str, Any], side: str) -> list[Source]:
@@ -148,7 +161,7 @@ def _parquet(path: Path) -> Iterator[Callable[[], Comparison]]:
         if missing:
             raise UserError(f"{path} has no column {missing[0]!r}; as Pick-a-Pic it has {', '.join(COLUMNS)}.")
         table = file.read(columns=["caption", "label_0"])
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no table that can be read ({error}); fetch it again.") from error
     rows = _Rows(file)
     for number, (caption, label) in enumerate(zip(*(c.to_pylist() for c in table.columns), strict=True)):
@@ -160,10 +173,11 @@ def _row(rows: "_Rows", where: str, number: int, caption: Any, first: Any) -> Co
         raise Unusable(f"{where} has an empty caption")
     if first not in (0, 0.5, 1):
         raise Unusable(f"{where} has label_0 {first!r}, which is none of 0, 0.5 and 1")
+    text = usable_text(caption, where)
     if first == 0.5:
-        return caption.strip(), [], []
+        return text, [], []
     sides = [[(f"{where}, {name}", lambda name=name: rows.picture(number, name))] for name in ("jpg_0", "jpg_1")]
-    return caption.strip(), *(sides if first else reversed(sides))
+    return text, *(sides if first else reversed(sides))
 
 
 class _Rows:
