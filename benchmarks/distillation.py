@@ -58,6 +58,12 @@ def teacher(num_steps: int, output: Path, display: Terminal) -> Path:
     return folder
 
 
+def schedule(name: str, steps: int) -> list[str]:
+    """What happens at a part of the way, as far on the way of another number of updates: the recipes have 200."""
+    parts = {"GNDMR": {"reward_start": 0.4, "reward_ramp": 0.1}, "DMDR": {"reward_start": 0.4, "dynamic_steps": 0.3}}
+    return [f"method.{key}={round(part * steps)}" for key, part in parts.get(name, {}).items()]
+
+
 def trained(name: str, calls: int, seed: int, given: argparse.Namespace, changes: list[str] = ()) -> Path:
     """The run folder of one student, trained to its end and evaluated."""
     recipe, own = VARIANTS[name]
@@ -65,6 +71,7 @@ def trained(name: str, calls: int, seed: int, given: argparse.Namespace, changes
     overrides = [
         *own,
         *(NO_BLACK_BOX if calls == 1 and name == "GNDMR" else []),
+        *schedule(name, given.steps),
         f"name=student-{slug}-{calls}-seed{seed}"
         + "".join(f"-{c.rpartition('.')[2].replace('=', '')}" for c in changes),
         f"seed={seed}",
