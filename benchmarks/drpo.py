@@ -84,7 +84,7 @@ class Judge(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=4), nn.SiLU()]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 8, stride=8), nn.SiLU()]
         for _ in range(4):
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))
