@@ -5,11 +5,18 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 
 from trimtab.errors import UserError
 from trimtab.pipelines import loading
 from trimtab.pipelines.sd import SD
+from trimtab.rollout import sample
+from trimtab.solvers import ode
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
@@ -103,3 +110,23 @@ def test_an_adapter_of_sd3_belongs_to_another_model(tiny_sd_folder, tiny, tmp_pa
     tiny().export(tmp_path, "default")
     with pytest.raises(UserError, match=r"changes transformer_blocks\..*, which is not in it; give the model"):
         loading.check_adapters([str(tmp_path)], str(tiny_sd_folder))
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+@pytest.mark.parametrize("family", ["tiny_sd_folder", "tiny_sdxl_folder"])
+def test_a_turbos_one_call_is_that_of_the_stock_pipeline(request, tmp_path, family, kind):
+    stock = DiffusionPipeline.from_pretrained(request.getfixturevalue(family))
+    stock.scheduler = kind.from_config(stock.scheduler.config, timestep_spacing="trailing")
+    stock.save_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    face = loading.load_for_sampling(str(tmp_path))
+    noise = torch.randn(1, *face.latent_shape(face.resolution), generator=torch.Generator().manual_seed(4))
+    side = face.resolution
+    settings = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": side, "width": side, "output_type": "latent"}
+    with torch.no_grad():
+        theirs = stock("a star", latents=noise, **settings).images
+        times, condition = face.time_grid(1), face.encode(["a star"])
+        ours = sample(face, noise, times, condition, "default", 1.0)
+        unscaled = ode(lambda x, t: face.predict(x, t, condition, "default"), noise, times)
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert (unscaled - theirs).abs().max() > 5e-4 * theirs.abs().max()  # Euler's 0.9977 of unit noise is not nothing
