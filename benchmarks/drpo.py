@@ -1,6 +1,6 @@
 """Aligning the built-in one-call student: DrPO beside its baselines, what an update costs, and a field in the plane.
 
-    python benchmarks/drpo.py [--steps 100] [--seeds 0 1 2] [--only NAME ...]
+    python benchmarks/drpo.py [--steps 100] [--num-prompts 16] [--seeds 0 1 2] [--only NAME ...]
     python benchmarks/drpo.py --cost        # seconds and memory of an update as the reward model grows
     python benchmarks/drpo.py --memory      # 64 candidates in parts of 8 against 8 at once
 
@@ -55,6 +55,7 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
         f"name=turbo-{slug}-seed{seed}",
         f"seed={seed}",
         f"output_dir={given.output}",
+        f"rollout.num_prompts={given.num_prompts}",
         f"training.max_train_steps={given.steps}",
         f"training.checkpointing_steps={given.steps}",
         "training.num_validation_prompts=0",
@@ -180,6 +181,7 @@ def memory() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--num-prompts", type=int, default=16, help="of an update, each with 24 candidates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=VARIANTS)
     parser.add_argument("--output", type=Path, default=Path("runs"))
@@ -199,7 +201,7 @@ def main() -> None:
         with Terminal() as given.display:
             rows = compare(given)
         text = table(rows)
-        about = {"steps": given.steps, "seeds": given.seeds}
+        about = {"steps": given.steps, "num_prompts": given.num_prompts, "seeds": given.seeds}
         (RESULTS / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
     (RESULTS / f"{name}.md").write_text(text)
     print(text)

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import settings
 
 os.environ["TQDM_DISABLE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are two of us, and small networks gain nothing from more threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("trimtab", deadline=None)  # a busy machine is no failure
 settings.load_profile("trimtab")
 
