@@ -298,10 +298,12 @@ class DrPO:
         if config.reference_weight or config.latent_weight:
             origin = latents_of(self.rollouts, pack.rollout, REFERENCE, self.batch_size)
             before = space.in_parts(pack.rollout, origin) if config.reference_weight else {}
-            goals[LATENTS] = [Goal(_token(origin), torch.ones_like(share)[:, None, None], config.latent_weight * share)]
+            pinned = Goal(_token(origin), torch.ones_like(share)[:, None, None], config.latent_weight * share)
+            goals[LATENTS] = [pinned] if config.latent_weight else []
         for key, x in found.items():
             weights = [1.0, config.reference_weight] if config.reference_weight else [1.0]
             keys = 1 if config.aggregate == "sum" else len(found)
+            spread = x.var(0, correction=0).mean().clamp_min(1e-12)
             goals[key] = [Goal(torch.zeros_like(x), torch.ones_like(x[..., :1]), w * share / keys) for w in weights]
             for group in pack.rollout.group.unique():
                 rows = ((pack.rollout.group == group) & pack.learns).nonzero().squeeze(1)
@@ -309,10 +311,7 @@ class DrPO:
                 sets = [(better[key][pack.better.of(group)], worse[key][pack.worse.of(group)], *masks)]
                 if config.reference_weight:
                     sets.append((before[key][rows], x[rows], None, torch.eye(len(rows), dtype=torch.bool)))
-                    apart = (x[rows] - before[key][rows]).square().mean() / x.var(0, correction=0).mean().clamp_min(
-                        1e-12
-                    )
-                    log["distance"].append(apart.sqrt())
+                    log["distance"].append(((x[rows] - before[key][rows]).square().mean() / spread).sqrt())
                 for goal, name, each in zip(goals[key], ("preference", "reference"), sets, strict=False):
                     goal.target[rows], goal.unit[rows], size = moved(x[rows], *each, config)
                     log[f"drift/{name}"].append(size)
