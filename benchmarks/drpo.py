@@ -1,4 +1,4 @@
-"""Aligning the built-in one-call student: DrPO beside its baselines, what an update costs, and a field in the plane.
+"""Aligning the built-in one-call student: DrPO beside its baselines, and what an update costs.
 
     python benchmarks/drpo.py [--steps 100] [--num-prompts 16] [--seeds 0 1 2] [--only NAME ...]
     python benchmarks/drpo.py --cost        # seconds and memory of an update as the reward model grows
