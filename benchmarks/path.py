@@ -45,7 +45,7 @@ def pictures(adapters: list[str], folder: Path, display: Terminal) -> np.ndarray
     """One picture of each of the chosen test prompts side by side, from the same seed at every stage."""
     prompts = load_prompts("blocks", "test")
     chosen = [prompts.text[i * len(prompts) // NUM_PROMPTS] for i in range(NUM_PROMPTS)]
-    files = inference.sample("micro", adapters, chosen, folder, display)
+    files = inference.sample("micro", adapters, chosen, folder, display, images_per_prompt=1)
     return np.concatenate([np.array(Image.open(file)) for file in files], axis=1)
 
 
