@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tables import table
+from tables import numbers, table
 
 from trimtab import run
 from trimtab.batch import Captions
@@ -68,14 +68,6 @@ def trained(name: str, recipe: str, changes: list[str], seed: int, given: argpar
     ]
     with Terminal() as display:
         return run.train(run.load_config(recipe, overrides), display, resume=True, command="agsm.py")
-
-
-def numbers(folder: Path, label: str = "trained") -> dict[str, float]:
-    results = json.loads((folder / "evaluation" / label / "results.json").read_text())
-    strict = results["scores"]["strict"]
-    scores = {"strict": strict["overall"]["mean"]} | {tag: value["mean"] for tag, value in strict["tags"].items()}
-    scores["recognizer"] = results["scores"]["recognizer"]["overall"]["mean"]
-    return scores | {"frechet": results["frechet_distance"], "diversity": results["diversity"]}
 
 
 def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from tables import table
+from tables import numbers, table
 from torch import Tensor, nn
 
 from trimtab import run
@@ -61,14 +61,6 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
         "training.num_validation_prompts=0",
     ]
     return run.train(run.load_config(recipe, overrides), given.display, resume=True, command="drpo.py")
-
-
-def numbers(folder: Path, label: str = "trained") -> dict[str, float]:
-    results = json.loads((folder / "evaluation" / label / "results.json").read_text())
-    strict = results["scores"]["strict"]
-    scores = {"strict": strict["overall"]["mean"]} | {tag: value["mean"] for tag, value in strict["tags"].items()}
-    scores["recognizer"] = results["scores"]["recognizer"]["overall"]["mean"]
-    return scores | {"frechet": results["frechet_distance"], "diversity": results["diversity"]}
 
 
 def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:

@@ -1,6 +1,17 @@
 """Tables of several runs."""
 
+import json
 import statistics
+from pathlib import Path
+
+
+def numbers(folder: Path, label: str = "trained") -> dict[str, float]:
+    """What an evaluation of a run says, one number each."""
+    results = json.loads((folder / "evaluation" / label / "results.json").read_text())
+    strict = results["scores"]["strict"]
+    scores = {"strict": strict["overall"]["mean"]} | {tag: value["mean"] for tag, value in strict["tags"].items()}
+    scores["recognizer"] = results["scores"]["recognizer"]["overall"]["mean"]
+    return scores | {"frechet": results["frechet_distance"], "diversity": results["diversity"]}
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
