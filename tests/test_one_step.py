@@ -14,7 +14,7 @@ from trimtab.candidates import Anchors, Ranked, ranked
 from trimtab.learner import Learner
 from trimtab.methods.dpo_one_step import DPOOneStep, DPOOneStepConfig, gaps, slope
 from trimtab.methods.draft import DRaFT, DRaFTConfig
-from trimtab.methods.drpo import DrPO, DrPOConfig
+from trimtab.methods.drpo import DrPO, DrPOConfig, drift
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines import loading
 from trimtab.rewards.composite import Composite
@@ -189,6 +189,26 @@ def test_pictures_as_anchors_pull_towards_themselves(tiny):
             weight -= 1e-2 * slope_
         grown = method.rollouts.again(rollout, "default") - rollout.latents
     assert grown.mean() > 0
+
+
+def test_the_loss_is_that_of_both_fields_by_hand(tiny):
+    settings = {"features": {"kind": "latents", "keys": ("all",)}, "reference_weight": 0.3}
+    method = build(tiny(), **settings)
+    rollout, _ = method.rollouts.collect(0, "default")
+    with torch.no_grad():
+        x, origin = rollout.latents.flatten(1), method.rollouts.again(rollout, "ref").flatten(1)
+    expected = 0.0
+    for group in rollout.group.unique():
+        rows = (rollout.group == group).nonzero().flatten()
+        order = rows[rollout.reward[rows].argsort(descending=True)]
+        own = x[rows][None]
+        preference, _, _ = drift(own, x[order[:2]][None], x[order[-2:]][None], method.config)
+        reference, _, _ = drift(
+            own, origin[rows][None], own, method.config, worse_self=torch.eye(SIZE, dtype=torch.bool)
+        )
+        expected += (preference.square().mean() + 0.3 * reference.square().mean()).item() / 3
+    value, _ = gradients(method)
+    assert value == pytest.approx(expected, rel=1e-3)
 
 
 # DPO by hand
