@@ -56,6 +56,7 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
         f"seed={seed}",
         f"output_dir={given.output}",
         f"rollout.num_prompts={given.num_prompts}",
+        f"optimizer.learning_rate={given.learning_rate}",
         f"training.max_train_steps={given.steps}",
         f"training.checkpointing_steps={given.steps}",
         "training.num_validation_prompts=0",
@@ -174,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--num-prompts", type=int, default=16, help="of an update, each with 24 candidates")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=VARIANTS)
     parser.add_argument("--output", type=Path, default=Path("runs"))
