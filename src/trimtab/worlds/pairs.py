@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.batch import Prompts
 from trimtab.errors import UserError
-from trimtab.worlds.pictures import BROKEN, CURE, OnError, Unusable, opened, reason_of, some, square, text_of
+from trimtab.worlds.pictures import BROKEN, CURE, OnError, Unusable, check_header, reason_of, some, square, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -133,17 +133,10 @@ def _files(folder: Path, where: str, line: dict[str, Any], side: str) -> list[So
     names = [line[side]] if isinstance(line.get(side), str) else line.get(side)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise Unusable(f"{where} has no picture under {side!r}")
-    return [_checked(Path(os.path.normpath(folder / name)), where) for name in names]
-
-
-def _checked(path: Path, where: str) -> Source:
-    try:
-        opened(path).close()
-    except FileNotFoundError as error:
-        raise Unusable(f"{where} names {path}, which does not exist") from error
-    except BROKEN as error:
-        raise Unusable(f"{where}: {path} is no picture that can be read ({reason_of(error)})") from error
-    return str(path), path.read_bytes
+    paths = [os.path.normpath(folder / name) for name in names]
+    for path in paths:
+        check_header(path, where)
+    return [(path, Path(path).read_bytes) for path in paths]
 
 
 # ---- Parquet

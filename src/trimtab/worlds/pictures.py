@@ -77,7 +77,7 @@ class Pictures:
 
 def square(data: bytes, resolution: int) -> Tensor:
     """An encoded picture as its EXIF turns it, on white, its middle square resized bicubically: (3, H, W) uint8."""
-    with opened(io.BytesIO(data)) as image:
+    with _opened(io.BytesIO(data)) as image:
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -210,16 +210,21 @@ def _checked(found: dict, path: Path, where: str, captions: tuple[str, ...]) -> 
     path = os.path.normpath(path)
     if path in found:
         raise Unusable(f"{where} names {path} for the second time")
+    check_header(path, where)
+    return {path: captions}
+
+
+def check_header(path: str, where: str) -> None:
+    """Unusable unless a file is there and begins as a picture does; `where` says who names it."""
     try:
-        opened(path).close()
+        _opened(path).close()
     except FileNotFoundError as error:
         raise Unusable(f"{where} names {path}, which does not exist") from error
     except BROKEN as error:
         raise Unusable(f"{where}: {path} is no picture that can be read ({reason_of(error)})") from error
-    return {path: captions}
 
 
-def opened(file: str | Path | io.BytesIO) -> Image.Image:
+def _opened(file: str | io.BytesIO) -> Image.Image:
     """A picture of which only the header is read."""
     image = Image.open(file)
     if image.mode[0] in "IF":  # Pillow would cut what is above 255 off
