@@ -191,24 +191,42 @@ def test_pictures_as_anchors_pull_towards_themselves(tiny):
     assert grown.mean() > 0
 
 
-def test_the_loss_is_that_of_both_fields_by_hand(tiny):
-    settings = {"features": {"kind": "latents", "keys": ("all",)}, "reference_weight": 0.3}
-    method = build(tiny(), **settings)
+def test_loss_and_gradient_are_those_of_both_fields_by_hand(tiny):
+    method = build(tiny(), features={"kind": "latents", "keys": ("all",)}, reference_weight=0.3)
     rollout, _ = method.rollouts.collect(0, "default")
+    x, itself = method.rollouts.again(rollout, "default").flatten(1), torch.eye(SIZE, dtype=torch.bool)
     with torch.no_grad():
-        x, origin = rollout.latents.flatten(1), method.rollouts.again(rollout, "ref").flatten(1)
-    expected = 0.0
+        origin = method.rollouts.again(rollout, "ref").flatten(1)
+    expected, along = 0.0, 0.0
     for group in rollout.group.unique():
         rows = (rollout.group == group).nonzero().flatten()
         order = rows[rollout.reward[rows].argsort(descending=True)]
-        own = x[rows][None]
-        preference, _, _ = drift(own, x[order[:2]][None], x[order[-2:]][None], method.config)
-        reference, _, _ = drift(
-            own, origin[rows][None], own, method.config, worse_self=torch.eye(SIZE, dtype=torch.bool)
-        )
-        expected += (preference.square().mean() + 0.3 * reference.square().mean()).item() / 3
-    value, _ = gradients(method)
+        own = x[rows].detach()[None]
+        fields = [
+            (1.0, *drift(own, x[order[:2]][None], x[order[-2:]][None], method.config)),
+            (0.3, *drift(own, origin[rows][None], own, method.config, worse_self=itself)),
+        ]
+        for weight, v, unit, _ in fields:
+            expected += weight * v.square().mean().item() / 3
+            along = along - 2 * weight * (v / unit * x[rows]).mean() / 3
+    weights = list(method.pipeline.roles.parameters("default").values())
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(along, weights)])
+    value, gradient = gradients(method)
     assert value == pytest.approx(expected, rel=1e-3)
+    # The value hardly tells one field from another, for each has unit size; the gradient does.
+    assert (gradient - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+def test_the_latents_distance_to_the_reference_is_added(tiny):
+    face, settings = tiny(), {"features": {"kind": "latents"}, "reference_weight": 0.0}
+    plain, _ = gradients(build(face, **settings))
+    held, _ = gradients(build(face, **settings, latent_weight=2.0))
+    method = build(face, **settings)
+    rollout, _ = method.rollouts.collect(0, "default")
+    with torch.no_grad():
+        distance = (rollout.latents - method.rollouts.again(rollout, "ref")).square().mean().item()
+    assert distance > 1e-3
+    assert held - plain == pytest.approx(2 * distance, rel=1e-2)
 
 
 # DPO by hand
