@@ -44,7 +44,7 @@ VARIANTS = {  # name -> recipe and changes
     "DMDR": ("dmdr-micro-4step", []),
     "GNDMR": ("gndmr-micro-4step", []),
 }
-NO_BLACK_BOX = ["rewards={recognizer: 0.3}"]  # one call adds no noise that a reward without gradient could judge
+NO_BLACK_BOX = ["rewards={recognizer: 2.0}"]  # one call adds no noise that a reward without gradient could judge
 
 
 def teacher(num_steps: int, output: Path, display: Terminal) -> Path:
@@ -59,7 +59,7 @@ def teacher(num_steps: int, output: Path, display: Terminal) -> Path:
 
 
 def schedule(name: str, steps: int) -> list[str]:
-    """What happens at a part of the way, as far on the way of another number of updates: the recipes have 200."""
+    """What happens at a part of the way, as far on the way of another number of updates: the recipes have 300."""
     parts = {"GNDMR": {"reward_start": 0.4, "reward_ramp": 0.1}, "DMDR": {"reward_start": 0.4, "dynamic_steps": 0.3}}
     return [f"method.{key}={round(part * steps)}" for key, part in parts.get(name, {}).items()]
 
