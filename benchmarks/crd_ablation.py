@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from tables import curve
 
 from trimtab import run
 from trimtab.cli import Terminal
@@ -60,11 +61,6 @@ def numbers(folder: Path, label: str = "trained") -> dict[str, float]:
     return scores | {key: results.get(key, 0.0) for key in ("drift", "diversity", "frechet_distance")}
 
 
-def curve(folder: Path, key: str) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
-
-
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: the mean over seeds, and the range where there are several."""
     lines = ["| run | " + " | ".join(c.replace("_", " ") for c in COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
@@ -84,10 +80,8 @@ def picture(folders: dict[str, list[Path]], file: Path) -> None:
     figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 4), layout="constrained")
     for axis, (key, title) in zip(axes, keys.items(), strict=True):
         for name, runs in folders.items():
-            curves = [curve(folder, key) for folder in runs]
-            mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            smooth = [statistics.mean(mean[max(0, i - 4) : i + 1]) for i in range(len(mean))]
-            axis.plot(range(1, len(mean) + 1), smooth, label=name, linewidth=2 if name == "full" else 1.2)
+            values = curve(runs, key)
+            axis.plot(range(1, len(values) + 1), values, label=name, linewidth=2 if name == "full" else 1.2)
         axis.set(title=title, xlabel="step (256 images each)")
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=110)

@@ -44,7 +44,10 @@ VARIANTS = {  # name -> recipe and changes
     "DMDR": ("dmdr-micro-4step", []),
     "GNDMR": ("gndmr-micro-4step", []),
 }
-NO_BLACK_BOX = ["rewards={recognizer: 2.0}"]  # one call adds no noise that a reward without gradient could judge
+ONE_CALL = {  # one update of the fake is enough there; and one call adds no noise that a verdict could judge
+    "GNDMR": ["rewards={recognizer: 6.0}", "optimizer.learning_rate=5e-4"],
+    "DMDR": [],
+}
 
 
 def teacher(num_steps: int, output: Path, display: Terminal) -> Path:
@@ -60,7 +63,7 @@ def teacher(num_steps: int, output: Path, display: Terminal) -> Path:
 
 def schedule(name: str, steps: int) -> list[str]:
     """What happens at a part of the way, as far on the way of another number of updates: the recipes have 300."""
-    parts = {"GNDMR": {"reward_start": 0.4, "reward_ramp": 0.1}, "DMDR": {"reward_start": 0.4, "dynamic_steps": 0.3}}
+    parts = {"GNDMR": {"reward_start": 0.25, "reward_ramp": 0.1}, "DMDR": {"reward_start": 0.4, "dynamic_steps": 0.3}}
     return [f"method.{key}={round(part * steps)}" for key, part in parts.get(name, {}).items()]
 
 
@@ -70,7 +73,7 @@ def trained(name: str, calls: int, seed: int, given: argparse.Namespace, changes
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     overrides = [
         *own,
-        *(NO_BLACK_BOX if calls == 1 and name == "GNDMR" else []),
+        *(["method.fake_updates=1", *ONE_CALL.get(name, ["optimizer.learning_rate=5e-4"])] if calls == 1 else []),
         *schedule(name, given.steps),
         f"name=student-{slug}-{calls}-seed{seed}"
         + "".join(f"-{c.rpartition('.')[2].replace('=', '')}" for c in changes),
@@ -124,7 +127,7 @@ def reuse(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     of_teacher, rows = features(teacher(30, given.output, given.display)), {}
     for uses in (1, 2, 4):
         rollouts = given.steps // uses
-        changes = [f"method.reuse={uses}", f"training.max_train_steps={rollouts}"]
+        changes = [f"method.reuse={uses}", f"training.max_train_steps={rollouts}"] if uses > 1 else []
         runs = [trained("GNDMR", 4, seed, given, changes) for seed in given.seeds]
         found = []
         for folder in runs:

@@ -6,7 +6,8 @@
 
 All methods see the same number of generated pictures of the same prompts. Those that need no gradient rank by the exact
 verdict ("gold"), and a second time by the recognizer ("proxy"); those that do climb the recognizer. Scores are of the
-test prompts of blocks, 4 pictures each. Writes benchmarks/results/drpo*.{json,md}. What is finished is not run again.
+test prompts of blocks, 4 pictures each. Writes benchmarks/results/drpo*.{json,md} and docs/images/drpo-curves.png.
+What is finished is not run again.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import torch
-from tables import numbers, table
+from tables import curve, numbers, table
 from torch import Tensor, nn
 
 from trimtab import run
@@ -32,6 +34,9 @@ from trimtab.rewards.composite import Composite
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig, Rollouts
 from trimtab.worlds.files import load_prompts
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 GOLD, PROXY = "rewards={geneval: 1.0, recognizer: 0.0}", "rewards={recognizer: 1.0, geneval: 0.0}"
@@ -64,8 +69,26 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
     return run.train(run.load_config(recipe, overrides), given.display, resume=True, command="drpo.py")
 
 
+def picture(folders: dict[str, list[Path]], file: Path) -> None:
+    """Proxy and gold of the candidates while each variant trains, and one against the other: who hacks goes right and
+    down."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for name, runs in folders.items():
+        keys = ([f"rewards/{reward}/mean", f"watched/{reward}/mean"] for reward in ("recognizer", "geneval"))
+        proxy, gold = (curve(runs, *each, window=15) for each in keys)
+        for axis, x, y in zip(axes, (range(len(proxy)), range(len(gold)), proxy), (proxy, gold, gold), strict=True):
+            axis.plot(x[14:], y[14:], label=name, linewidth=1.2)
+        axes[2].plot(proxy[-1:], gold[-1:], "o", color=axes[2].lines[-1].get_color(), markersize=5)
+    axes[0].set(title="proxy (recognizer)", xlabel="update")
+    axes[1].set(title="gold (exact verdict)", xlabel="update")
+    axes[2].set(title="gold against proxy; dots are the ends", xlabel="proxy", ylabel="gold")
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
 def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     folders = {name: [trained(name, seed, given) for seed in given.seeds] for name in given.only or VARIANTS}
+    picture(folders, RESULTS.parents[1] / "docs" / "images" / "drpo-curves.png")
     rows = {"micro-turbo": [numbers(next(iter(folders.values()))[0], "base")]}
     return rows | {name: [numbers(folder) for folder in runs] for name, runs in folders.items()}
 

@@ -1,4 +1,4 @@
-"""Tables of several runs."""
+"""Tables of several runs, and their curves."""
 
 import json
 import statistics
@@ -12,6 +12,18 @@ def numbers(folder: Path, label: str = "trained") -> dict[str, float]:
     scores = {"strict": strict["overall"]["mean"]} | {tag: value["mean"] for tag, value in strict["tags"].items()}
     scores["recognizer"] = results["scores"]["recognizer"]["overall"]["mean"]
     return scores | {"frechet": results["frechet_distance"], "diversity": results["diversity"]}
+
+
+def curve(folders: list[Path], *keys: str, window: int = 5) -> list[float]:
+    """What runs logged at each step under the first of the keys that they have: the mean over runs of one length, and
+    over the last `window` steps."""
+    found = []
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        key = next(key for key in keys if any(key in line for line in lines))
+        found.append([line[key] for line in lines if key in line])
+    mean = [statistics.mean(values) for values in zip(*found, strict=True)]
+    return [statistics.mean(mean[max(0, i + 1 - window) : i + 1]) for i in range(len(mean))]
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:

@@ -22,6 +22,8 @@ from trimtab.process import Process
 from trimtab.roles import Roles
 from trimtab.solvers import guided
 
+PIXELS_AT_ONCE = {"cpu": 2**16}  # decoded; what then stays in the caches: twice as fast as 128 pictures at once
+
 
 class Face:
     """A pipeline with roles over its network; everything else in it is frozen. Satisfies `Pipeline`."""
@@ -132,11 +134,12 @@ class Face:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), float32 in [0, 1]. To latents that want a gradient the limits are transparent."""
-        config = self.pipe.vae.config
-        wanted = latents.requires_grad
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        vae, wanted = self.pipe.vae, latents.requires_grad
+        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        side = latents.shape[-1] * self.pipe.vae_scale_factor
+        parts = latents.split(max(1, PIXELS_AT_ONCE.get(latents.device.type, 2**22) // side**2))
         with torch.set_grad_enabled(wanted and torch.is_grad_enabled()), self._autocast(self.HALF_VAE):
-            images = self.pipe.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
+            images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts]) / 2 + 0.5
         limited = images.detach().clamp(0, 1)
         return images + (limited - images).detach() if images.requires_grad else limited
 

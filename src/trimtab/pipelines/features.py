@@ -3,7 +3,8 @@
 kind         of what                                              keys (tokens, width)
 teacher      hidden states of the frozen network, slightly noised down, middle, up or block_<n> (1, 16 c or more)
 latents      the auto-encoder's latents themselves                all (1, C h w), mean and std (1, C)
-recognizer   the built-in reader of blocks, decoded pictures      objects (1, 64), cells (1, 512), mean and std (1, 32)
+recognizer   the built-in reader of blocks, decoded pictures      objects and evidence (1, 64), cells (1, 512),
+                                                                  mean and std (1, 32)
 vit-mae      ViT-MAE, decoded pictures (arXiv 2111.06377)         layer<n>_mean, _std and _cls (1, D)
 dinov2       DINOv2, decoded pictures (arXiv 2304.07193)          the same after four of its layers
 
@@ -33,7 +34,7 @@ from trimtab.worlds.blocks import SIZE_PX
 Kind = Literal["teacher", "latents", "recognizer", "vit-mae", "dinov2"]
 FeatureMap = Callable[[Tensor, Condition, Tensor], dict[str, Tensor]]  # latents, their conditions, each sample's noise
 VITS = {"vit-mae": (ViTMAEModel, "facebook/vit-mae-base"), "dinov2": (Dinov2Model, "facebook/dinov2-base")}
-KEYS = {"latents": ("all", "mean", "std"), "recognizer": ("objects", "cells", "mean", "std")}
+KEYS = {"latents": ("all", "mean", "std"), "recognizer": ("objects", "evidence", "cells", "mean", "std")}
 VIT_SIDE = 224  # pixels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, by which both see
 SMALL = 1e-6  # under the root of a variance
@@ -163,17 +164,18 @@ def of_latents(latents: Tensor, condition: Condition, eps: Tensor) -> dict[str, 
 
 
 class Read:
-    """How many of each shape in each colour the recognizer expects, wherever they stand; and the layer that its heads
-    share (B, 32, 8, 8), averaged over cells of 2 x 2, and its moments."""
+    """How many of each shape in each colour the recognizer expects, wherever they stand, and the logarithm of that,
+    whose gradient does not fade where it is sure; and the layer that its heads share (B, 32, 8, 8), averaged over cells
+    of 2 x 2, and its moments."""
 
     def __init__(self, network: nn.Module):
         self.network = network
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         states = self.network.trunk(images * 2 - 1)
-        shape, color = self.network.shape(states).softmax(1)[:, 1:], self.network.color(states).softmax(1)
-        objects = torch.einsum("bshw,bchw->bsc", shape, color)  # (B, shapes, colours)
-        found = {"objects": objects.flatten(1)[:, None], "cells": F.avg_pool2d(states, 2).flatten(1)[:, None]}
+        shape, color = self.network.shape(states).log_softmax(1)[:, 1:], self.network.color(states).log_softmax(1)
+        evidence = (shape[:, :, None] + color[:, None]).flatten(3).logsumexp(3).flatten(1)[:, None]  # of every pair
+        found = {"objects": evidence.exp(), "evidence": evidence, "cells": F.avg_pool2d(states, 2).flatten(1)[:, None]}
         return found | _moments(states.flatten(2))
 
 

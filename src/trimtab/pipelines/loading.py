@@ -185,6 +185,7 @@ def _stock(
     face = FACES[_index(path, model)["_class_name"]]
     dtypes = {"default": precision, face.NETWORK: torch.float32 if merged else network_dtype, "vae": torch.float32}
     pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes)
+    pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
     merge(pipe, merged)
     if merged and network_dtype != torch.float32:
         getattr(pipe, face.NETWORK).to(network_dtype)
