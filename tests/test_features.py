@@ -42,7 +42,7 @@ def samples(face):
 KINDS = {
     "teacher": ("block_0", "block_1"),
     "latents": ("all", "mean", "std"),
-    "recognizer": ("objects", "cells", "mean", "std"),
+    "recognizer": ("objects", "evidence", "cells", "mean", "std"),
     "vit-mae": ("layer4_mean", "layer4_std", "layer4_cls"),
     "dinov2": tuple(f"layer{n}_{name}" for n in (1, 2, 3, 4) for name in ("mean", "std", "cls")),
 }
@@ -157,6 +157,21 @@ def test_objects_are_counted_by_shape_and_colour():
     place = blocks.SHAPES.index("star"), list(blocks.COLORS).index("red")
     assert found[place].item() == pytest.approx(2, abs=0.2)
     assert found.sum().item() == pytest.approx(2, abs=0.3)
+
+
+def test_evidence_still_has_a_gradient_where_the_recognizer_is_sure():
+    rng = np.random.default_rng(0)
+    line = {"include": [{"class": "star", "count": 2, "color": "red"}]}
+    images = blocks.draw([blocks.scene(line, rng) for _ in range(4)]).requires_grad_()
+    found = features.Read(recognizer.load())(images)
+    torch.testing.assert_close(found["evidence"].exp(), found["objects"])
+    absent = blocks.SHAPES.index("ring") * len(blocks.COLORS) + list(blocks.COLORS).index("blue")
+    assert found["objects"][..., absent].max() < 1e-3
+    sizes = [
+        torch.autograd.grad(found[key][..., absent].sum(), images, retain_graph=True)[0].norm()
+        for key in ("objects", "evidence")
+    ]
+    assert sizes[1] > 1e3 * sizes[0] > 0
 
 
 def test_a_network_without_known_places_is_refused():
