@@ -24,8 +24,9 @@ assets: .venv/ready
 	cp -r runs/pretrain-micro/export/. src/trimtab/assets/micro/
 	cp -r runs/pretrain-recognizer/export/. src/trimtab/assets/recognizer/
 	$(BIN)/trimtab train gndm-micro-1step --resume
-	$(BIN)/python -c "from pathlib import Path; from trimtab.pipelines.adapters import halve; \
-		halve(Path('runs/gndm-micro-1step/export'), Path('src/trimtab/assets/micro-turbo'))"
+	cp -r runs/gndm-micro-1step/export/scheduler src/trimtab/assets/micro-turbo/
+	$(BIN)/python -c "import torch; from diffusers import SD3Transformer2DModel; SD3Transformer2DModel.from_pretrained( \
+		'runs/gndm-micro-1step/export/transformer').half().save_pretrained('src/trimtab/assets/micro-turbo/transformer')"
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

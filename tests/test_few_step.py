@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from trimtab.evaluate import Setting, generate
-from trimtab.pipelines import adapters, few_step, loading
+from trimtab.pipelines import few_step, loading
 from trimtab.solvers import few_step_grid
 
 STOCK = {
@@ -107,19 +107,3 @@ def prompts():
     from trimtab.batch import Prompts
 
     return Prompts((TEXT,), ({},), (0,))
-
-
-def test_a_students_lora_in_half_precision_is_the_same_student(tiny_folder, build_face, tmp_path):
-    face = moved(build_face(tiny_folder))
-    face.export(tmp_path / "whole", "default", face.student_scheduler(1))
-    adapters.halve(tmp_path / "whole", tmp_path / "half")
-    size = [(tmp_path / name / adapters.LORA_FILE).stat().st_size for name in ("whole", "half")]
-    assert size[1] < 0.7 * size[0]
-    pictures = []
-    for name in ("whole", "half"):
-        found = loading.check_adapters([str(tmp_path / name)], str(tiny_folder))
-        ours = loading.load_for_sampling(str(tiny_folder), found)
-        assert (ours.few_step, ours.num_calls) == (True, 1)
-        setting = Setting(suite="", num_inference_steps=1, few_step=True)
-        pictures.append(generate(ours, "default", prompts(), torch.zeros(1, dtype=torch.int64), [5], setting)[0])
-    assert (pictures[0] - pictures[1]).abs().max() < 0.02

@@ -1,17 +1,14 @@
 """Small files that change a model: LoRAs, which are merged into it, and soft tokens, which are put beside its text."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from trimtab.errors import UserError
-from trimtab.files import atomic_write
 from trimtab.pipelines import soft_tokens
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -56,14 +53,6 @@ def merge(pipe: DiffusionPipeline, loras: Sequence[Path]) -> None:
         if (file.parent / "scheduler").is_dir():
             kind = LCMScheduler if hasattr(pipe, "unet") else FlowMatchEulerDiscreteScheduler
             pipe.scheduler = kind.from_pretrained(file.parent / "scheduler")
-
-
-def halve(source: Path, target: Path) -> None:
-    """Write a student's LoRA and its scheduler again, in half precision: how the built-in ones are shipped."""
-    with safe_open(source / LORA_FILE, framework="pt") as tensors:
-        halves = {name: tensors.get_tensor(name).half() for name in tensors.keys()}  # noqa: SIM118
-        atomic_write(target / LORA_FILE, save(halves, tensors.metadata()))
-    shutil.copytree(source / "scheduler", target / "scheduler", dirs_exist_ok=True)
 
 
 def _files(name: str) -> list[Path]:

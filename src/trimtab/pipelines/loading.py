@@ -10,13 +10,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline, unet
-from trimtab.pipelines.adapters import LORA_FILE, Adapters, find, merge
+from trimtab.pipelines.adapters import Adapters, find, merge
 from trimtab.pipelines.face import Face
 from trimtab.pipelines.flux import Flux
 from trimtab.pipelines.sd import SD
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = {"micro": ASSETS / "micro", "micro-turbo": ASSETS / "micro"}
-STUDENTS = {"micro-turbo": ASSETS / "micro-turbo" / LORA_FILE}  # the LoRAs that make students of them
+STUDENTS = {"micro-turbo": ASSETS / "micro-turbo"}  # the network and the scheduler that make students of them
 FACES = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -181,10 +181,9 @@ def _stock(
 ) -> tuple[type[Face], DiffusionPipeline]:
     """The face for a model, and its diffusers pipeline, frozen, with LoRAs merged in float32."""
     path = resolve(model)
-    merged = (*([STUDENTS[model]] if model in STUDENTS else []), *merged)
     face = FACES[_index(path, model)["_class_name"]]
     dtypes = {"default": precision, face.NETWORK: torch.float32 if merged else network_dtype, "vae": torch.float32}
-    pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes)
+    pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes, **_students_own(model, dtypes[face.NETWORK]))
     pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
     merge(pipe, merged)
     if merged and network_dtype != torch.float32:
@@ -194,6 +193,16 @@ def _stock(
             part.requires_grad_(False).eval()
     face.prepare(getattr(pipe, face.NETWORK))
     return face, pipe.to(device)
+
+
+def _students_own(model: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What a built-in student has in place of its teacher's: the network, and a scheduler that knows its calls."""
+    if model not in STUDENTS:
+        return {}
+    return {
+        "transformer": SD3Transformer2DModel.from_pretrained(STUDENTS[model] / "transformer", dtype=dtype),
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(STUDENTS[model] / "scheduler"),
+    }
 
 
 def check_adapters(adapters: Sequence[str], model: str) -> Adapters:
