@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 STAGES = {  # name -> recipe and changes; the last is the model of one call that the path is for
     "path-1-agsm": ("agsm-micro", ["evaluation.guidance_scale=1"]),
     "path-2-crd": ("crd-micro", ["training.max_train_steps=40"]),
-    "path-3-gndm": ("gndm-micro-1step", ["training.max_train_steps=150", "method.real_guidance_scale=1"]),
+    "path-3-gndm": ("gndm-micro-1step-lora", ["training.max_train_steps=150", "method.real_guidance_scale=1"]),
     "path-4-drpo": ("drpo-micro-turbo", ["model.pretrained_model_name_or_path=micro", "training.max_train_steps=40"]),
 }
 NUM_PROMPTS, SCALE = 8, 2
