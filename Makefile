@@ -27,6 +27,7 @@ assets: .venv/ready
 	cp -r runs/gndm-micro-1step/export/scheduler src/trimtab/assets/micro-turbo/
 	$(BIN)/python -c "import torch; from diffusers import SD3Transformer2DModel; SD3Transformer2DModel.from_pretrained( \
 		'runs/gndm-micro-1step/export/transformer').half().save_pretrained('src/trimtab/assets/micro-turbo/transformer')"
+	cp src/trimtab/assets/micro/transformer/config.json src/trimtab/assets/micro-turbo/transformer/
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
