@@ -20,16 +20,19 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from accelerate import Accelerator
 from tables import curve, numbers, table
 from torch import Tensor, nn
 
-from trimtab import run
+from trimtab import run, wiring
 from trimtab.batch import Prompts
 from trimtab.cli import Terminal
+from trimtab.files import atomic_write
 from trimtab.methods.draft import DRaFT, DRaFTConfig
 from trimtab.methods.drpo import DrPO, DrPOConfig
 from trimtab.pipelines import loading
 from trimtab.pipelines.features import FeaturesConfig
+from trimtab.recipe import RunConfig
 from trimtab.rewards.composite import Composite
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig, Rollouts
@@ -51,9 +54,9 @@ VARIANTS = {  # name -> recipe and changes
 }
 
 
-def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
-    """The run folder of one variant, trained to its end and evaluated."""
-    recipe, changes = VARIANTS[name]
+def configured(name: str, seed: int, given: argparse.Namespace, variant: str | None = None) -> RunConfig:
+    """The run `name` as a variant; None: the one of that name."""
+    recipe, changes = VARIANTS[variant or name]
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     overrides = [
         *changes,
@@ -66,29 +69,53 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
         f"training.checkpointing_steps={given.steps}",
         "training.num_validation_prompts=0",
     ]
-    return run.train(run.load_config(recipe, overrides), given.display, resume=True, command="drpo.py")
+    return run.load_config(recipe, overrides)
 
 
-def picture(folders: dict[str, list[Path]], file: Path) -> None:
-    """Proxy and gold of the candidates while each variant trains, and one against the other: who hacks goes right and
-    down."""
+def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
+    """The run folder of one variant, trained to its end and evaluated."""
+    return run.train(configured(name, seed, given), given.display, resume=True, command="drpo.py")
+
+
+def untouched(seed: int, given: argparse.Namespace) -> Path:
+    """A folder with what *micro-turbo* itself earns for the prompts and noises of every update."""
+    config = configured("untouched", seed, given, variant="DrPO, gold")
+    folder = Path(config.output_dir) / config.name
+    if not (folder / "metrics.jsonl").is_file():
+        built = wiring.build(config, folder, Accelerator(cpu=True), wiring.check(config), given.display)
+        logs = [built.method.rollouts.collect(step, built.sampler)[1] for step in range(given.steps)]
+        atomic_write(folder / "metrics.jsonl", "".join(json.dumps(log) + "\n" for log in logs))
+    return folder
+
+
+def picture(folders: dict[str, list[Path]], base: list[Path], file: Path) -> None:
+    """What training changes for the candidates of each update, in proxy and gold, and one against the other: who hacks
+    goes right and down. Means over the last third of the updates."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    window = max(1, len((base[0] / "metrics.jsonl").read_text().splitlines()) // 3)
     for name, runs in folders.items():
-        keys = ([f"rewards/{reward}/mean", f"watched/{reward}/mean"] for reward in ("recognizer", "geneval"))
-        proxy, gold = (curve(runs, *each, window=15) for each in keys)
-        for axis, x, y in zip(axes, (range(len(proxy)), range(len(gold)), proxy), (proxy, gold, gold), strict=True):
-            axis.plot(x[14:], y[14:], label=name, linewidth=1.2)
-        axes[2].plot(proxy[-1:], gold[-1:], "o", color=axes[2].lines[-1].get_color(), markersize=5)
-    axes[0].set(title="proxy (recognizer)", xlabel="update")
-    axes[1].set(title="gold (exact verdict)", xlabel="update")
-    axes[2].set(title="gold against proxy; dots are the ends", xlabel="proxy", ylabel="gold")
+        gains = []
+        for reward in ("recognizer", "geneval"):
+            keys = f"rewards/{reward}/mean", f"watched/{reward}/mean"
+            pairs = zip(curve(runs, *keys, window=window), curve(base, *keys, window=window), strict=True)
+            gains.append([own - before for own, before in pairs][window - 1 :])
+        updates = range(window, window + len(gains[0]))
+        for axis, x, y in zip(axes, (updates, updates, gains[0]), (*gains, gains[1]), strict=True):
+            axis.plot(x, y, label=name, linewidth=1.2)
+        axes[2].plot(gains[0][-1:], gains[1][-1:], "o", color=axes[2].lines[-1].get_color(), markersize=5)
+    axes[0].set(title="gain in proxy (recognizer)", xlabel="update")
+    axes[1].set(title="gain in gold (exact verdict)", xlabel="update")
+    axes[2].set(title="gold against proxy; dots are the ends", xlabel="gain in proxy", ylabel="gain in gold")
+    for axis in axes:
+        axis.axhline(0, color="gray", linewidth=0.6)
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=110)
 
 
 def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     folders = {name: [trained(name, seed, given) for seed in given.seeds] for name in given.only or VARIANTS}
-    picture(folders, RESULTS.parents[1] / "docs" / "images" / "drpo-curves.png")
+    base = [untouched(seed, given) for seed in given.seeds]
+    picture(folders, base, RESULTS.parents[1] / "docs" / "images" / "drpo-curves.png")
     rows = {"micro-turbo": [numbers(next(iter(folders.values()))[0], "base")]}
     return rows | {name: [numbers(folder) for folder in runs] for name, runs in folders.items()}
 
