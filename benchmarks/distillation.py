@@ -1,12 +1,12 @@
 """Few-step students of the built-in model: every method and normaliser at equal updates, and what each costs.
 
-    python benchmarks/distillation.py [--calls 4 1] [--steps 200] [--seeds 0 1 2] [--only NAME ...]
+    python benchmarks/distillation.py [--calls 4 1] [--steps 120] [--seeds 0 1 2] [--only NAME ...]
     python benchmarks/distillation.py --reuse [--seeds 0]        # quality against rollouts and time for reuse 1, 2, 4
     python benchmarks/distillation.py --cost                     # seconds a picture, and memory of three roles
 
 Students are sampled without guidance, the teacher with w = 3. Scores are of the test prompts of blocks, 4 pictures
 each. "to teacher" is the Frechet distance to the teacher's own pictures at 30 steps. All methods see the same prompts
-and the same stratified times. Writes benchmarks/results/distillation*.{json,md}. What is finished is not run again.
+and the same stratified times. Writes benchmarks/results/distillation_*.{json,md}. What is finished is not run again.
 """
 
 import argparse
@@ -214,7 +214,7 @@ def cost() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, nargs="+", default=[4, 1])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=VARIANTS)
     parser.add_argument("--output", type=Path, default=Path("runs"))
@@ -226,14 +226,14 @@ def main() -> None:
         print(step_with(given.peak))
         return
     RESULTS.mkdir(exist_ok=True)
-    name = "distillation_cost" if given.cost else "distillation_reuse" if given.reuse else "distillation"
+    name = "cost" if given.cost else "reuse" if given.reuse else "-".join(map(str, given.calls))
     with Terminal() as given.display:
         rows = {} if given.cost else reuse(given) if given.reuse else compare(given)
     text = cost() if given.cost else table(rows)
-    (RESULTS / f"{name}.md").write_text(text)
+    (RESULTS / f"distillation_{name}.md").write_text(text)
     if rows:
         about = {"steps": given.steps, "seeds": given.seeds}
-        (RESULTS / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+        (RESULTS / f"distillation_{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
     print(text)
 
 
