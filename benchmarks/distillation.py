@@ -49,6 +49,8 @@ ONE_CALL = {  # one update of the fake is enough there; and one call adds no noi
     "DMDR": [],
 }
 
+SPENT = {"pictures": "images", "seconds": "seconds/step"}  # pictures: the fake's own batches, too
+
 
 def teacher(num_steps: int, output: Path, display: Terminal) -> Path:
     """The evaluation of the guided teacher."""
@@ -132,10 +134,8 @@ def reuse(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         found = []
         for folder in runs:
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            seconds = sum(line["seconds/step"] for line in lines if "seconds/step" in line)
-            found.append(
-                {"rollouts": rollouts, "seconds": seconds} | numbers(folder / "evaluation" / "trained", of_teacher)
-            )
+            spent = {key: sum(line.get(name, 0.0) for line in lines) for key, name in SPENT.items()}
+            found.append({"rollouts": rollouts} | spent | numbers(folder / "evaluation" / "trained", of_teacher))
         rows[f"reuse {uses}"] = found
     return rows
 

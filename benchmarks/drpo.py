@@ -79,7 +79,7 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
 
 def untouched(seed: int, given: argparse.Namespace) -> Path:
     """A folder with what *micro-turbo* itself earns for the prompts and noises of every update."""
-    config = configured("untouched", seed, given, variant="DrPO, gold")
+    config = configured(f"untouched-{given.steps}x{given.num_prompts}", seed, given, variant="DrPO, gold")
     folder = Path(config.output_dir) / config.name
     if not (folder / "metrics.jsonl").is_file():
         built = wiring.build(config, folder, Accelerator(cpu=True), wiring.check(config), given.display)

@@ -294,9 +294,14 @@ def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
     [
         ({"name": "dmdr"}, ["rewards={}", "model.finetune_type=full"], "give model.finetune_type=lora"),
         ({"name": "gndm"}, ["rewards={}", "rollout.guidance_scale=3"], "samples without guidance"),
-        ({"name": "gndm"}, ["rewards={}", "evaluation.num_inference_steps=8"], "a student of 2 calls"),
+        (
+            {"name": "gndm"},
+            ["rewards={}", "evaluation.num_inference_steps=8"],
+            "a student of rollout.num_inference_steps=2 is sampled so",
+        ),
         ({"name": "gndm"}, ["rewards={}", "evaluation.guidance_scale=3"], "evaluation.guidance_scale=1"),
         ({"name": "gndm"}, ["rewards={}", "optimizer.learning_rates={student: 0.1}"], "that learn are default, fake"),
+        ({"name": "gndm", "reuse": 2}, ["rewards={}", "rollout.merge_lora=true"], "leave rollout.merge_lora at false"),
         ({"name": "gndm"}, [], "reward_start is 0; rewards are weighed by what a cold start shows"),
         ({"name": "gndm", "reward_start": 5}, [], "so that rewards would never count"),
         ({"name": "dmd2"}, [], "dmd2 trains on no reward"),
@@ -315,7 +320,13 @@ def test_a_student_is_no_teacher_of_students(refused, recipe, tmp_path, tiny_fol
     sentence = refused(
         "train", recipe(method={"name": "gndm"}), "rewards={}", "model.pretrained_model_name_or_path=student"
     )
-    assert "'student' is a few-step student, and no teacher for one" in sentence
+    assert "'student' is a few-step student, and gndm begins from a model of many steps" in sentence
+
+
+@pytest.mark.parametrize("name", ["crd-micro", "agsm-micro", "gndm-micro-1step"])
+def test_the_built_in_student_is_no_model_of_many_steps(refused, name):
+    sentence = refused("train", name, "model.pretrained_model_name_or_path=micro-turbo")
+    assert "'micro-turbo' is a few-step student" in sentence
 
 
 # Models and adapters
@@ -444,6 +455,11 @@ def test_prompts_that_cannot_be_shared_by_the_processes_are_refused(refused, rec
         (["evaluate", "micro", "--reward", "clipp"], "reward 'clipp' is unknown"),
         (["evaluate", "micro", "--mixed-precision", "fp8"], "'fp8' is unknown; give no or bf16"),
         (["sample", "micro", "-p", "a", "--mixed-precision", "half"], "'half' is unknown; give no or bf16"),
+        (["sample", "micro", "-p", "a", "--output", "prompts.txt"], "prompts.txt is a file; give --output"),
+        (["sample", "micro", "-p", "a", "--output", "prompts.txt/new"], "prompts.txt is a file; give --output"),
+        (["evaluate", "micro", "--output", "prompts.txt"], "prompts.txt is a file; give --output"),
+        (["sample", "micro", "-p", "a", "--seed", str(2**64)], "--seed"),
+        (["train", "crd-micro", f"seed={2**64}"], "seed"),
         (["report", "nowhere"], "nowhere"),
         (["bench", "pretrain-micro"], "pre-training"),
         (["bench", "nothing"], "no recipe"),

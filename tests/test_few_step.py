@@ -136,6 +136,18 @@ def test_the_built_in_student_draws_the_same_in_stock_diffusers(turbo):
     assert np.abs((found * 255).round() - (stock * 255).round()).max() <= 1
 
 
+def test_pictures_decoded_in_parts_are_each_its_own_and_lie_as_a_rewards_view_expects(turbo):
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(19, *turbo.latent_shape(turbo.resolution), generator=generator)  # two parts
+    images = turbo.decode(latents)
+    assert images.shape == (19, 3, SIZE, SIZE)
+    assert images.is_contiguous()
+    alone = torch.cat([turbo.decode(one[None]) for one in latents])
+    torch.testing.assert_close(images, alone, rtol=0, atol=1e-5)
+    assert turbo.encode_images(images[:2]).is_contiguous()
+    assert turbo.decode(latents[:2].requires_grad_()).is_contiguous()
+
+
 def test_the_built_in_student_draws_what_it_is_asked_for(turbo):
     asked = load_prompts("blocks", "test")
     asked = asked[[i for i, line in enumerate(asked.metadata) if line["tag"] == "single_object"]]

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from trimtab.errors import UserError
 from trimtab.pipelines import loading
+from trimtab.pipelines.adapters import LORA_FILE, Adapters
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +67,16 @@ def test_a_name_on_the_hub_is_judged_by_its_index_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "hf_hub_download", lambda *args: asked.append(args) or str(tmp_path / "index"))
     assert loading.resolve("someone/sd3") == "someone/sd3"
     assert asked == [("someone/sd3", "model_index.json")]
+
+
+@pytest.mark.parametrize("student", [True, False])
+def test_a_students_lora_is_known_by_the_scheduler_beside_it(tmp_path, tiny_folder, student):
+    adapters = Adapters(
+        (tmp_path / "mine" / LORA_FILE,)
+    )  # given as the folder or as the file
+    if not student:
+        loading.check_many_steps(str(tiny_folder), adapters, "crd")
+        return
+    (tmp_path / "mine" / "scheduler").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"adapter '.*mine' is a few-step student, and crd begins from"):
+        loading.check_many_steps(str(tiny_folder), adapters, "crd")

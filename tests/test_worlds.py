@@ -78,10 +78,17 @@ BROKEN = {
     "no prompt": ("p.jsonl", '{"text": "a cat"}', r"p\.jsonl, line 1 has no text under 'prompt'"),
     "prompt is no text": ("p.jsonl", GOOD + '{"prompt": 3}', r"p\.jsonl, line 2 has no text under 'prompt'"),
     "blank prompt": ("p.jsonl", '{"prompt": " "}', r"p\.jsonl, line 1 has no text under 'prompt'"),
+    "endless number": ("p.jsonl", '{"prompt": "a", "n": ' + "9" * 5000 + "}", r"p\.jsonl, line 1 is not JSON"),
+    "endless nesting": ("p.jsonl", "[" * 100_000, r"p\.jsonl, line 1 is not JSON"),
+    "half a character": ("p.jsonl", GOOD + '{"prompt": "\\ud800"}', r"p\.jsonl, line 2 has a prompt that is no text"),
     "empty": ("p.txt", "\n \n", r"p\.txt is empty; write one prompt a line"),
     "not UTF-8": ("p.txt", b"caf\xe9", r"p\.txt cannot be read .*; save it as UTF-8 text"),
     "another kind": ("p.csv", "a cat", r"p\.csv ends in '\.csv'; \.txt .* and \.jsonl can be read"),
 }
+
+
+def test_a_line_ends_where_it_ends_and_not_at_a_separator_within_it(file):
+    assert load_prompts(file("p.jsonl", '{"prompt": "a\u2028cat"}\r\n' + GOOD)).text == ("a\u2028cat", "a cat")
 
 
 @pytest.mark.parametrize("what", BROKEN)

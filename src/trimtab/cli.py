@@ -55,7 +55,7 @@ def evaluate(
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
     num_inference_steps: NumSteps = None,
     guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="Score with this, too; repeatable.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
@@ -85,7 +85,7 @@ def sample(
     num_inference_steps: NumSteps = None,
     guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
     seed: Annotated[
-        int, typer.Option(min=0, help="Picture i starts from torch.Generator().manual_seed(seed + i).")
+        int, typer.Option(min=0, max=2**62, help="Picture i starts from torch.Generator().manual_seed(seed + i).")
     ] = 0,
     resolution: Annotated[int | None, typer.Option(min=8)] = None,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",

@@ -39,6 +39,16 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_folder(path: str | Path) -> None:
+    """UserError unless `path` is a folder that can be written to, or can be made; before the work that fills it."""
+    path = Path(path).absolute()
+    there = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not there.is_dir():
+        raise UserError(f"{there} is a file; give --output the name of a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"folder {there} cannot be written to; give --output another one.")
+
+
 @contextmanager
 def lock(run_folder: str | Path) -> Iterator[None]:
     """Hold `run_folder`, made where missing, for the length of a `with` block.

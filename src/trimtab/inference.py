@@ -9,7 +9,7 @@ import torch
 from trimtab import evaluate
 from trimtab.batch import Prompts
 from trimtab.errors import UserError
-from trimtab.files import atomic_write
+from trimtab.files import atomic_write, check_folder
 from trimtab.pipelines import Pipeline, loading
 from trimtab.rewards import build as build_rewards
 from trimtab.wiring import TRAINED, Display
@@ -30,6 +30,7 @@ def evaluate_model(
     **how: Any,
 ) -> dict[str, Any]:
     """`trimtab evaluate`: the results, also in `folder`."""
+    check_folder(folder)
     prompts = load_prompts(suite, "test")
     extra = build_rewards(dict.fromkeys(rewards, 1.0), prompts).alone() if rewards else {}
     pipeline, role = _opened(model, adapters, precision, resolution)
@@ -58,6 +59,7 @@ def sample(
     **how: Any,
 ) -> list[Path]:
     """`trimtab sample`: the files written, one a picture, named by prompt and seed."""
+    check_folder(folder)
     pipeline, role = _opened(model, adapters, precision, resolution)
     setting = _setting(pipeline, num_inference_steps, suite="", precision=precision, resolution=resolution, **how)
     number = setting.images_per_prompt

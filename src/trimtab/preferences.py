@@ -15,7 +15,7 @@ from trimtab import checkpoint, evaluate
 from trimtab.candidates import best_and_worst
 from trimtab.config import load_yaml, validate
 from trimtab.errors import UserError
-from trimtab.files import atomic_write
+from trimtab.files import atomic_write, check_folder
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
 from trimtab.run import ABOUT
@@ -37,8 +37,7 @@ def write_pairs(
             f"--num-pairs of at most {config.rollout.group_size // 2}."
         )
     output = output or folder / "pairs"
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; give --output the name of a folder.")
+    check_folder(output)
     inputs = check(config)
     run = build(config, folder, Accelerator(cpu=not torch.cuda.is_available()), inputs, display)
     if saved is not None:

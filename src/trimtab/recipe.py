@@ -104,7 +104,7 @@ class RunConfig(Strict):
     """A whole recipe."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, le=2**62)
     output_dir: str = "runs"
     method: MethodConfig
     model: ModelConfig = ModelConfig()

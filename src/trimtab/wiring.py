@@ -110,6 +110,8 @@ def check(config: RunConfig) -> Inputs:
     loading.check_resolution(model, config.model.resolution)
     adapters = loading.check_adapters(config.model.adapters, model)
     _check_tokens_below(config, adapters)
+    if config.method.name not in ONE_STEP:
+        loading.check_many_steps(model, adapters, config.method.name)
     if config.method.name in CAPTIONED:
         loading.check_tokens(config.method.tokens, model)
         return replace(_captioned_inputs(config), adapters=adapters)
@@ -144,12 +146,16 @@ def _distillation_inputs(config: RunConfig) -> Inputs:
         raise UserError(
             "a few-step student samples without guidance; leave rollout.guidance_scale and solver_order at 1."
         )
-    loading.check_teacher(config.model.pretrained_model_name_or_path, config.model.adapters)
     calls = config.rollout.num_inference_steps
     if config.evaluation.num_inference_steps not in (None, calls) or config.evaluation.guidance_scale != 1:
         raise UserError(
-            f"a student of {calls} calls is sampled with {calls} and without guidance; give "
+            f"a student of rollout.num_inference_steps={calls} is sampled so, and without guidance; give "
             f"evaluation.num_inference_steps={calls} evaluation.guidance_scale=1."
+        )
+    if config.rollout.merge_lora and getattr(config.method, "reuse", 1) > 1:
+        raise UserError(
+            "a rollout that is used again is compared with what drew it, to more digits than merged weights keep; "
+            "leave rollout.merge_lora at false, or method.reuse at 1."
         )
     if config.method.name == "dmdr" and config.model.finetune_type != "lora":
         raise UserError("dmdr's teacher and fake share one LoRA; give model.finetune_type=lora.")

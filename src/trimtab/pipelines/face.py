@@ -125,8 +125,8 @@ class Face:
         vae = self.pipe.vae
         with self._autocast(self.HALF_VAE):
             found = vae.encode(images.to(self.device) * 2 - 1).latent_dist
-        mean = (found.mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-        return mean, found.std.float() * vae.config.scaling_factor
+        mean = (found.mean.float().contiguous() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return mean, found.std.float().contiguous() * vae.config.scaling_factor
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1]: the mean of the auto-encoder's posterior."""
@@ -139,7 +139,8 @@ class Face:
         side = latents.shape[-1] * self.pipe.vae_scale_factor
         parts = latents.split(max(1, PIXELS_AT_ONCE.get(latents.device.type, 2**22) // side**2))
         with torch.set_grad_enabled(wanted and torch.is_grad_enabled()), self._autocast(self.HALF_VAE):
-            images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts]) / 2 + 0.5
+            images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts])
+            images = images.contiguous() / 2 + 0.5  # the auto-encoder's are channels-last, which `view` does not take
         limited = images.detach().clamp(0, 1)
         return images + (limited - images).detach() if images.requires_grad else limited
 

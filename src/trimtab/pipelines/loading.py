@@ -210,14 +210,18 @@ def check_adapters(adapters: Sequence[str], model: str) -> Adapters:
     return find(adapters, skeleton(model), model) if adapters else Adapters()
 
 
-def check_teacher(model: str, adapters: Sequence[str]) -> None:
-    """UserError for a model that is a few-step student, by itself or by a LoRA: it can't teach one."""
+def check_many_steps(model: str, adapters: Adapters, method: str) -> None:
+    """UserError for a model that is a few-step student, by itself or by a LoRA: it can't teach one, and what trains a
+    model at all its times would undo it."""
     config = _json(resolve(model), "scheduler/scheduler_config.json", model)
     few = config.get("_class_name") == "LCMScheduler" or config.get("stochastic_sampling")
-    students = [name for name in adapters if (Path(name) / "scheduler").is_dir()]
+    students = [file.parent for file in adapters.loras if (file.parent / "scheduler").is_dir()]
     if few or students or model in STUDENTS:
-        found = f"adapter {students[0]!r}" if students else f"model {model!r}"
-        raise UserError(f"{found} is a few-step student, and no teacher for one; give the model that it was made from.")
+        found = f"adapter {str(students[0])!r}" if students else f"model {model!r}"
+        raise UserError(
+            f"{found} is a few-step student, and {method} begins from a model of many steps; give the one that it was "
+            "made from, or a method for generators of one call, such as drpo."
+        )
 
 
 def check_tokens(settings: TokenSettings, model: str) -> None:

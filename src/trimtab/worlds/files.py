@@ -23,7 +23,7 @@ def load_prompts(source: str, split: str = "train") -> Prompts:
     if source == "blocks":
         return _prompts([(line, "") for line in blocks.prompts(split, NUM_PER_TAG[split])])
     path = _file(Path(source), split)
-    lines = [(text, f"{path}, line {i}") for i, text in enumerate(_text(path).splitlines(), 1) if text.strip()]
+    lines = [(text, f"{path}, line {i}") for i, text in enumerate(_text(path).split("\n"), 1) if text.strip()]
     if not lines:
         raise UserError(f"prompt file {path} is empty; write one prompt a line.")
     read = _json_line if path.suffix == ".jsonl" else _text_line
@@ -64,10 +64,15 @@ def _text_line(text: str, where: str) -> dict[str, Any]:
 def _json_line(text: str, where: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}): {text[:60]!r}; write one JSON object a line.") from error
+    except (ValueError, RecursionError) as error:  # numbers and nesting without end are refused as well
+        why = getattr(error, "msg", error)
+        raise UserError(f"{where} is not JSON ({why}): {text[:60]!r}; write one JSON object a line.") from error
     if not isinstance(line, dict) or not isinstance(line.get("prompt"), str) or not line["prompt"].strip():
         raise UserError(f"{where} has no text under 'prompt': {text[:60]!r}; write an object with at least that key.")
+    try:
+        line["prompt"].encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has a prompt that is no text ({error.reason}); write it as UTF-8.") from error
     return _with_facts(line)
 
 
