@@ -14,6 +14,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
+from trimtab import inference
+from trimtab.cli import Terminal
 from trimtab.evaluate import Setting, generate
 from trimtab.pipelines import few_step, loading
 from trimtab.rewards import build
@@ -157,3 +159,11 @@ def test_the_built_in_student_draws_what_it_is_asked_for(turbo):
     reward = build({"geneval": 1.0}, asked)
     scored = reward.score(images, [asked.text[i] for i in place], [dict(asked.metadata[i]) for i in place], place)
     assert scored.total.mean() > 0.75  # 0.875 with other noises, and 0.08 for micro in one call
+
+
+@pytest.mark.parametrize(("asked", "says"), [({}, 0), ({"num_inference_steps": 2}, 1), ({"guidance_scale": 3.0}, 1)])
+def test_a_student_that_is_asked_for_what_it_was_not_made_for_says_so(tmp_path, caplog, asked, says):
+    with Terminal() as display:
+        (file,) = inference.sample("micro-turbo", [], [TEXT], tmp_path, display, images_per_prompt=1, **asked)
+    assert file.is_file()
+    assert sum("was made for 1 call(s) without guidance" in line for line in caplog.messages) == says

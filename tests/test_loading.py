@@ -71,9 +71,7 @@ def test_a_name_on_the_hub_is_judged_by_its_index_alone(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("student", [True, False])
 def test_a_students_lora_is_known_by_the_scheduler_beside_it(tmp_path, tiny_folder, student):
-    adapters = Adapters(
-        (tmp_path / "mine" / LORA_FILE,)
-    )  # given as the folder or as the file
+    adapters = Adapters((tmp_path / "mine" / LORA_FILE,))  # given as the folder or as the file
     if not student:
         loading.check_many_steps(str(tiny_folder), adapters, "crd")
         return

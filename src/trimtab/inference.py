@@ -1,5 +1,6 @@
 """A finished model at work: `trimtab evaluate` and `trimtab sample`."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from trimtab.pipelines import Pipeline, loading
 from trimtab.rewards import build as build_rewards
 from trimtab.wiring import TRAINED, Display
 from trimtab.worlds.files import load_prompts
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_model(
@@ -90,7 +93,9 @@ def _opened(model: str, adapters: Sequence[str], precision: str, resolution: int
 
 def _setting(pipeline: Pipeline, num_inference_steps: int | None, **how: Any) -> evaluate.Setting:
     """A student is sampled as one, in the calls that it was made for, unless another number is asked for."""
-    steps = num_inference_steps or pipeline.num_calls or evaluate.DEFAULT_STEPS
+    steps, made_for = num_inference_steps or pipeline.num_calls or evaluate.DEFAULT_STEPS, pipeline.num_calls
+    if made_for and (steps != made_for or how.get("guidance_scale", 1) != 1):
+        logger.warning("this student was made for %d call(s) without guidance, and is asked for another way", made_for)
     return evaluate.Setting(num_inference_steps=steps, few_step=pipeline.few_step, **how)
 
 
