@@ -49,8 +49,6 @@ ONE_CALL = {  # one update of the fake is enough there; and one call adds no noi
     "DMDR": [],
 }
 
-SPENT = {"pictures": "images", "seconds": "seconds/step"}  # pictures: the fake's own batches, too
-
 
 def teacher(num_steps: int, output: Path, display: Terminal) -> Path:
     """The evaluation of the guided teacher."""
@@ -134,7 +132,9 @@ def reuse(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         found = []
         for folder in runs:
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            spent = {key: sum(line.get(name, 0.0) for line in lines) for key, name in SPENT.items()}
+            seconds = sum(line.get("seconds/step", 0.0) for line in lines)
+            pictures = max(line.get("images", 0.0) for line in lines)  # the fake's own batches count, too
+            spent = {"pictures": pictures, "seconds": seconds}
             found.append({"rollouts": rollouts} | spent | numbers(folder / "evaluation" / "trained", of_teacher))
         rows[f"reuse {uses}"] = found
     return rows

@@ -264,6 +264,15 @@ def test_a_step_is_the_fakes_updates_and_then_the_students_one(face):
     ]
 
 
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_pictures_are_counted_by_the_draws_that_made_them(face, reuse):
+    own = student(face)
+    method = methods(own, fake_updates=2, fake_warmup=1, reuse=reuse)
+    for step in (0, 1):
+        draws = {call.draw.number: len(call) for call in method.collect(step)}
+        assert method.after_step(step)["images"] == sum(draws.values())
+
+
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 def test_student_and_fake_move_and_the_teacher_does_not(tiny_folder, lora):
     face = load(str(tiny_folder), lora=lora, trained=(STUDENT, FAKE), frozen=("average",))

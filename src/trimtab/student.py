@@ -199,8 +199,8 @@ class Student:
         yield self.call(STUDENT, self.draw(step, 0, draws))
 
     def log(self, step: int, config: StudentConfig, num_updates: int = 1) -> dict[str, float]:
-        """How many pictures a step made, of `num_updates` updates of the student and the fake's before them."""
-        batches = num_updates * (config.fake_updates + 1) + (0 if step else config.fake_warmup)
+        """How many pictures a step made: one rollout for `num_updates` updates of the student, and the fake's own."""
+        batches = 1 + num_updates * config.fake_updates + (0 if step else config.fake_warmup)
         size = len(range(self.rank, min(self.config.num_prompts, len(self.prompts)), self.num_processes))
         return {"images": float(batches * size * self.config.group_size)}
 
