@@ -158,9 +158,9 @@ def test_pictures_and_latents_convert_as_in_stock_diffusers(tiny, stock):
         pipe.vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)
     decoded = stock.vae.decode(latents / 0.7 + 0.2).sample
     images = face.decode(latents)
-    assert gap(images, stock.image_processor.postprocess(decoded, output_type="pt")) < 1e-5
+    assert gap(images, stock.image_processor.postprocess(decoded, output_type="pt")) < 1e-4  # channels-last convolutions add up in another order
     expected = (stock.vae.encode(images * 2 - 1).latent_dist.mode() - 0.2) * 0.7
-    assert gap(face.encode_images(images), expected) < 1e-5
+    assert gap(face.encode_images(images), expected) < 1e-4
 
 
 @torch.no_grad()
