@@ -153,12 +153,12 @@ def test_one_time_for_all_is_the_same_as_one_each(face, point):
 
 @torch.no_grad()
 def test_pictures_and_latents_convert_as_in_stock_diffusers(tiny, stock):
-    face, latents = tiny(), noise(2, 8, 8, 8)
+    face, latents = tiny(), noise(2, 8, 8, 8)  # sums of a channels-last VAE go in another order
     for pipe in (face.pipe, stock):
         pipe.vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)
     decoded = stock.vae.decode(latents / 0.7 + 0.2).sample
     images = face.decode(latents)
-    assert gap(images, stock.image_processor.postprocess(decoded, output_type="pt")) < 1e-4  # channels-last convolutions add up in another order
+    assert gap(images, stock.image_processor.postprocess(decoded, output_type="pt")) < 1e-4
     expected = (stock.vae.encode(images * 2 - 1).latent_dist.mode() - 0.2) * 0.7
     assert gap(face.encode_images(images), expected) < 1e-4
 
