@@ -294,6 +294,7 @@ def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
     [
         ({"name": "dmdr"}, ["rewards={}", "model.finetune_type=full"], "give model.finetune_type=lora"),
         ({"name": "gndm"}, ["rewards={}", "rollout.guidance_scale=3"], "samples without guidance"),
+        ({"name": "gndm"}, ["rewards={}", "rollout.noise_spread=0.5"], "from independent noise"),
         (
             {"name": "gndm"},
             ["rewards={}", "evaluation.num_inference_steps=8"],

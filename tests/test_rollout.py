@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -90,6 +91,21 @@ def test_a_sample_is_the_noise_of_its_key_and_its_prompt_s_flow():
     number = torch.tensor(rollout.prompts.index).repeat_interleave(3).view(6, 1, 1, 1)
     assert (rollout.latents - (start - 2 * number)).abs().max() < 1e-5
     assert len({tuple(row) for row in start.flatten(1).tolist()}) == 6
+
+
+def test_siblings_start_as_near_to_each_other_as_is_asked():
+    """Their noise is standard normal and correlates by 1 - s^2, that of prompts and steps by nothing."""
+    spread = 0.3
+    rollouts = make(noise_spread=spread)
+    blank = rollouts.blank(rollouts.prompts_of(0), 0)
+    wide = replace(blank, latents=torch.empty(6, 2, 100, 100))
+    x = rollouts.noises(wide).flatten(1)
+    later = rollouts.noises(replace(wide, step=1)).flatten(1)
+    expected = torch.block_diag(*[torch.full((3, 3), 1 - spread**2)] * 2).fill_diagonal_(1)
+    assert (x @ x.T / 20_000 - expected).abs().max() < 0.04
+    assert (x @ later.T / 20_000).abs().max() < 0.04
+    some = torch.tensor([5, 1])
+    assert torch.equal(rollouts.noises(wide[some]).flatten(1), x[some])  # in any parts
 
 
 def test_another_step_has_other_noise_and_the_same_step_the_same():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # What a draw is for: the last number of its key, so that none repeats.
-ROLLOUT, TIMES, TRAINING, ORDER, POSTERIOR, SPARES, CALL, CHAIN, FAKE, MATCHING, GAN, FEATURES, ANCHORS = range(13)
+ROLLOUT, TIMES, TRAINING, ORDER, POSTERIOR, SPARES, CALL, CHAIN, FAKE, MATCHING, GAN, FEATURES, ANCHORS, SHARED = range(14)
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -39,6 +39,9 @@ class RolloutConfig(Strict):
     guidance_scale: float = Field(1.0, ge=0)  # 1 is off
     solver_order: Literal[1, 2] = 1
     sample_batch_size: int = Field(8, gt=0)  # pictures in one forward
+    # Siblings start from sqrt(1 - s^2) of noise that they share and s of their own. 1: from independent noise. Whatever s
+    # is, each one's noise is standard normal. Near siblings differ in few things, so that ranks say which of them count.
+    noise_spread: float = Field(1.0, gt=0, le=1)
     merge_lora: bool = False  # sample with the LoRA added to the weights: faster, and as exact as their type
     # Rewards are divided by the standard deviation among siblings, over all groups ("pooled") or of each ("group"), or
     # by that of all rewards ("global", as published), which a constant added to one prompt's rewards would change.
@@ -110,13 +113,20 @@ class Rollouts:
 
     def again(self, rollout: Rollout, role: str) -> Tensor:
         """Clean latents (B, C, h, w) that a role makes of a rollout's noise, with gradient to its weights."""
-        shape = rollout.latents.shape[1:]
-        keys = [(*key, noise.ROLLOUT) for key in rollout.noise_keys()]
-        start = noise.normal(keys, shape).to(self.pipeline.device)
+        start, config = self.noises(rollout).to(self.pipeline.device), self.config
         own = rollout.condition[rollout.group.to(self.pipeline.device)]
-        return sample(
-            self.pipeline, start, self.time_grid(), own, role, self.config.guidance_scale, self.config.solver_order
-        )
+        return sample(self.pipeline, start, self.time_grid(), own, role, config.guidance_scale, config.solver_order)
+
+    def noises(self, rollout: Rollout) -> Tensor:
+        """What samples start from (B, C, h, w), on the CPU: siblings `noise_spread` from what they share."""
+        shape, spread = rollout.latents.shape[1:], self.config.noise_spread
+        own = noise.normal([(*key, noise.ROLLOUT) for key in rollout.noise_keys()], shape)
+        if spread == 1:
+            return own
+        present, place = rollout.group.unique(return_inverse=True)
+        indices = [rollout.prompts.index[group] for group in present]
+        shared = noise.normal([(rollout.seed, rollout.step, index, 0, noise.SHARED) for index in indices], shape)
+        return (1 - spread**2) ** 0.5 * shared[place] + spread * own
 
     def scores(self, drawn: Rollout, images: Tensor) -> Scored:
         """What the pictures earn."""

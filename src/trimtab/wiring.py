@@ -142,9 +142,10 @@ def _online_inputs(config: RunConfig) -> Inputs:
 
 
 def _distillation_inputs(config: RunConfig) -> Inputs:
-    if config.rollout.guidance_scale != 1 or config.rollout.solver_order != 1:
+    if (config.rollout.guidance_scale, config.rollout.solver_order, config.rollout.noise_spread) != (1, 1, 1):
         raise UserError(
-            "a few-step student samples without guidance; leave rollout.guidance_scale and solver_order at 1."
+            "a few-step student samples without guidance and from independent noise; leave rollout.guidance_scale, "
+            "solver_order and noise_spread at 1."
         )
     calls = config.rollout.num_inference_steps
     if config.evaluation.num_inference_steps not in (None, calls) or config.evaluation.guidance_scale != 1:
