@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 # What a draw is for: the last number of its key, so that none repeats.
-ROLLOUT, TIMES, TRAINING, ORDER, POSTERIOR, SPARES, CALL, CHAIN, FAKE, MATCHING, GAN, FEATURES, ANCHORS, SHARED = range(14)
+ROLLOUT, TIMES, TRAINING, ORDER, POSTERIOR, SPARES, CALL = range(7)
+CHAIN, FAKE, MATCHING, GAN, FEATURES, ANCHORS, SHARED = range(7, 14)
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
