@@ -1,6 +1,6 @@
 """Aligning the built-in one-call student: DrPO beside its baselines, and what an update costs.
 
-    python benchmarks/drpo.py [--steps 100] [--num-prompts 16] [--seeds 0 1 2] [--only NAME ...]
+    python benchmarks/drpo.py [--steps 24] [--num-pictures 192] [--seeds 0 1 2] [--only NAME ...]
     python benchmarks/drpo.py --cost        # seconds and memory of an update as the reward model grows
     python benchmarks/drpo.py --memory      # 64 candidates in parts of 8 against 8 at once
 
@@ -43,14 +43,20 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 GOLD, PROXY = "rewards={geneval: 1.0, recognizer: 0.0}", "rewards={recognizer: 1.0, geneval: 0.0}"
-DPO = "method={name: dpo-one-step}"
+APART = ["rollout.group_size=24", "rollout.noise_spread=1"]  # candidates as published: from independent noise
+DRPO = "method={name: drpo, features: {kind: recognizer, keys: [evidence]}}"
 VARIANTS = {  # name -> recipe and changes
-    "DrPO, gold": ("drpo-micro-turbo", [GOLD]),
-    "DrPO masked, gold": ("drpo-micro-turbo", [GOLD, "method.mask_self_anchor=true"]),
-    "DrPO raw, gold": ("drpo-micro-turbo", [GOLD, "method.field=raw"]),
-    "DPO one-step, gold": ("drpo-micro-turbo", [GOLD, DPO]),
-    "DrPO, proxy": ("drpo-micro-turbo", [PROXY]),
+    "DrPO, gold": ("drpo-micro-turbo", [GOLD, *APART, DRPO]),
+    "DrPO masked, gold": ("drpo-micro-turbo", [GOLD, *APART, DRPO, "method.mask_self_anchor=true"]),
+    "DrPO raw, gold": ("drpo-micro-turbo", [GOLD, *APART, DRPO, "method.field=raw"]),
+    "DPO one-step, gold": ("drpo-micro-turbo", [GOLD, *APART, "method={name: dpo-one-step}"]),
+    "DrPO, proxy": ("drpo-micro-turbo", [PROXY, *APART, DRPO]),
     "DRaFT, proxy": ("draft-micro-turbo", []),
+    "DrPO near, gold": ("drpo-micro-turbo", [GOLD]),  # candidates near each other, masked, in the latents: the recipe
+    "DPO one-step near, gold": (
+        "drpo-micro-turbo",
+        [GOLD, "method={name: dpo-one-step, num_positive: 2, num_negative: 2}"],
+    ),
 }
 
 
@@ -58,12 +64,13 @@ def configured(name: str, seed: int, given: argparse.Namespace, variant: str | N
     """The run `name` as a variant; None: the one of that name."""
     recipe, changes = VARIANTS[variant or name]
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
+    size = 24 if APART[0] in changes or recipe.startswith("draft") else 8
     overrides = [
         *changes,
         f"name=turbo-{slug}-seed{seed}",
         f"seed={seed}",
         f"output_dir={given.output}",
-        f"rollout.num_prompts={given.num_prompts}",
+        f"rollout.num_prompts={given.num_pictures // size}",
         f"optimizer.learning_rate={given.learning_rate}",
         f"training.max_train_steps={given.steps}",
         f"training.checkpointing_steps={given.steps}",
@@ -78,8 +85,8 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
 
 
 def untouched(seed: int, given: argparse.Namespace) -> Path:
-    """A folder with what *micro-turbo* itself earns for the prompts and noises of every update."""
-    config = configured(f"untouched-{given.steps}x{given.num_prompts}", seed, given, variant="DrPO, gold")
+    """A folder with what *micro-turbo* itself earns for the prompts and noises, candidates apart, of every update."""
+    config = configured(f"untouched-{given.steps}x{given.num_pictures}", seed, given, variant="DrPO, gold")
     folder = Path(config.output_dir) / config.name
     if not (folder / "metrics.jsonl").is_file():
         built = wiring.build(config, folder, Accelerator(cpu=True), wiring.check(config), given.display)
@@ -114,8 +121,10 @@ def picture(folders: dict[str, list[Path]], base: list[Path], file: Path) -> Non
 
 def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     folders = {name: [trained(name, seed, given) for seed in given.seeds] for name in given.only or VARIANTS}
-    base = [untouched(seed, given) for seed in given.seeds]
-    picture(folders, base, RESULTS.parents[1] / "docs" / "images" / "drpo-curves.png")
+    apart = {name: runs for name, runs in folders.items() if "near" not in name}
+    if apart:
+        base = [untouched(seed, given) for seed in given.seeds]
+        picture(apart, base, RESULTS.parents[1] / "docs" / "images" / "drpo-curves.png")
     rows = {"micro-turbo": [numbers(next(iter(folders.values()))[0], "base")]}
     return rows | {name: [numbers(folder) for folder in runs] for name, runs in folders.items()}
 
@@ -223,8 +232,8 @@ def memory() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--num-prompts", type=int, default=16, help="of an update, each with 24 candidates")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--num-pictures", type=int, default=192, help="of an update: 24 or 8 candidates a prompt")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=VARIANTS)
@@ -245,7 +254,7 @@ def main() -> None:
         with Terminal() as given.display:
             rows = compare(given)
         text = table(rows)
-        about = {"steps": given.steps, "num_prompts": given.num_prompts, "seeds": given.seeds}
+        about = {"steps": given.steps, "num_pictures": given.num_pictures, "seeds": given.seeds}
         (RESULTS / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
