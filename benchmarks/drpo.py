@@ -3,6 +3,8 @@
     python benchmarks/drpo.py [--steps 24] [--num-pictures 192] [--seeds 0 1 2] [--only NAME ...]
     python benchmarks/drpo.py --cost        # seconds and memory of an update as the reward model grows
     python benchmarks/drpo.py --memory      # 64 candidates in parts of 8 against 8 at once
+    python benchmarks/drpo.py --spreads     # what candidates differ in as their noise comes near
+    python benchmarks/drpo.py --splits [--steps 24] [--seeds 0 1 2] [--only NAME ...]  # trained prompts beside new ones
 
 All methods see the same number of generated pictures of the same prompts. Those that need no gradient rank by the exact
 verdict ("gold"), and a second time by the recognizer ("proxy"); those that do climb the recognizer. Scores are of the
@@ -24,7 +26,7 @@ from accelerate import Accelerator
 from tables import curve, numbers, table
 from torch import Tensor, nn
 
-from trimtab import run, wiring
+from trimtab import groups, run, wiring
 from trimtab.batch import Prompts
 from trimtab.cli import Terminal
 from trimtab.files import atomic_write
@@ -33,6 +35,7 @@ from trimtab.methods.drpo import DrPO, DrPOConfig
 from trimtab.pipelines import loading
 from trimtab.pipelines.features import FeaturesConfig
 from trimtab.recipe import RunConfig
+from trimtab.rewards import build
 from trimtab.rewards.composite import Composite
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig, Rollouts
@@ -127,6 +130,66 @@ def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         picture(apart, base, RESULTS.parents[1] / "docs" / "images" / "drpo-curves.png")
     rows = {"micro-turbo": [numbers(next(iter(folders.values()))[0], "base")]}
     return rows | {name: [numbers(folder) for folder in runs] for name, runs in folders.items()}
+
+
+# ---- what near candidates differ in
+
+
+def spreads() -> str:
+    """By how much of their noise is their own: how far apart siblings' latents are, how the reward varies among them
+    beside how it does from independent noise, and how many prompts have candidates of different scores."""
+    pipeline, prompts = loading.load("micro-turbo", lora=None, precision=torch.bfloat16), load_prompts("blocks")
+    rewards = build({"geneval": 1.0}, prompts)
+    lines = [
+        "| noise_spread | distance of siblings | variance among them | prompts with different scores |",
+        "| --- | --- | --- | --- |",
+    ]
+    whole = None
+    for spread in (1.0, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.05):
+        config = RolloutConfig(
+            num_prompts=48, group_size=8, num_inference_steps=1, sample_batch_size=64, noise_spread=spread
+        )
+        rollouts = Rollouts(pipeline, prompts, rewards, config, pipeline.resolution, seed=0)
+        logs, within = [], []
+        for step in range(4):
+            rollout, log = rollouts.collect(step, "default")
+            logs.append(log)
+            within.append(groups.centred(rollout.reward, rollout.group).square().mean().item())
+        distance, equal = (statistics.mean(log[key] for log in logs) for key in ("diversity", "frac_reward_zero_std"))
+        whole = whole or statistics.mean(within)
+        share = statistics.mean(within) / whole
+        lines.append(f"| {spread:g} | {distance:.2f} | {share:.2f} | {1 - equal:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+# ---- prompts that were trained on, and others
+
+
+def splits(given: argparse.Namespace) -> str:
+    """The strict verdict on 136 prompts of each split, 16 pictures each, from noise that no run has seen."""
+    folders = {name: [trained(name, seed, given) for seed in given.seeds] for name in given.only or VARIANTS}
+    models = {"micro-turbo": [[]]} | {name: [[str(run / "export")] for run in runs] for name, runs in folders.items()}
+    lines = ["| trained on | trained prompts | new prompts |", "| --- | --- | --- |"]
+    for name, adapters in models.items():
+        cells = []
+        for split in ("train", "test"):
+            found = [verdict(each, split) for each in adapters]
+            span = f" ({min(found):.3f} to {max(found):.3f})" if len(found) > 1 else ""
+            cells.append(f"{statistics.mean(found):.3f}{span}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def verdict(adapters: list[str], split: str) -> float:
+    """The share of pictures that are right."""
+    found = loading.check_adapters(adapters, "micro-turbo")
+    pipeline, prompts = loading.load("micro-turbo", lora=None, adapters=found), load_prompts("blocks", split)
+    config = RolloutConfig(num_prompts=136, group_size=16, num_inference_steps=1, sample_batch_size=64)
+    rewards = build({"geneval-strict": 1.0}, prompts)
+    return Rollouts(pipeline, prompts, rewards, config, pipeline.resolution, seed=10_007).collect(0, "default")[1][
+        "reward"
+    ]
 
 
 # ---- what an update costs
@@ -240,16 +303,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs"))
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--spreads", action="store_true")
+    parser.add_argument("--splits", action="store_true")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         one(given.one[0], *map(int, given.one[1:]))
         return
     RESULTS.mkdir(exist_ok=True)
-    name = "drpo_cost" if given.cost else "drpo_memory" if given.memory else "drpo"
-    rows: dict[str, list[dict[str, float]]] = {}
-    if given.cost or given.memory:
-        text = cost() if given.cost else memory()
+    name = f"drpo_{given.steps}"
+    parts = {"cost": cost, "memory": memory, "spreads": spreads}
+    part = next((each for each in parts if getattr(given, each)), None)
+    if part:
+        name, text = f"drpo_{part}", parts[part]()
+    elif given.splits:
+        with Terminal() as given.display:
+            name, text = f"drpo_{given.steps}_splits", splits(given)
     else:
         with Terminal() as given.display:
             rows = compare(given)

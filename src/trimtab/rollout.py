@@ -39,8 +39,8 @@ class RolloutConfig(Strict):
     guidance_scale: float = Field(1.0, ge=0)  # 1 is off
     solver_order: Literal[1, 2] = 1
     sample_batch_size: int = Field(8, gt=0)  # pictures in one forward
-    # Siblings start from sqrt(1 - s^2) of noise that they share and s of their own, each from standard normal noise.
-    # Near siblings differ in few things, so that ranks say which of these count. 1: from independent noise.
+    # s: siblings start from sqrt(1 - s^2) of noise that they share and s of their own, which is standard normal, too.
+    # Near siblings differ in few things, so that ranks say which of these count. 1: their noise is independent.
     noise_spread: float = Field(1.0, gt=0, le=1)
     merge_lora: bool = False  # sample with the LoRA added to the weights: faster, and as exact as their type
     # Rewards are divided by the standard deviation among siblings, over all groups ("pooled") or of each ("group"), or
