@@ -67,7 +67,7 @@ def configured(name: str, seed: int, given: argparse.Namespace, variant: str | N
     """The run `name` as a variant; None: the one of that name."""
     recipe, changes = VARIANTS[variant or name]
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
-    size = 24 if APART[0] in changes or recipe.startswith("draft") else 8
+    size = run.load_config(recipe, changes).rollout.group_size
     overrides = [
         *changes,
         f"name=turbo-{slug}-seed{seed}",
