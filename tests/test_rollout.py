@@ -104,8 +104,11 @@ def test_siblings_start_as_near_to_each_other_as_is_asked():
     expected = torch.block_diag(*[torch.full((3, 3), 1 - spread**2)] * 2).fill_diagonal_(1)
     assert (x @ x.T / 20_000 - expected).abs().max() < 0.04
     assert (x @ later.T / 20_000).abs().max() < 0.04
-    some = torch.tensor([5, 1])
+    some = torch.tensor([5, 4])
     assert torch.equal(rollouts.noises(wide[some]).flatten(1), x[some])  # in any parts
+    drawn, start = collect(noise_spread=spread), rollouts.noises(blank)  # the toy adds its prompt to the noise
+    apart = (drawn.latents[:2] - start[:2]) - (drawn.latents[1:3] - start[1:3])
+    assert apart.abs().max() < 1e-5
 
 
 def test_another_step_has_other_noise_and_the_same_step_the_same():
