@@ -187,9 +187,8 @@ def verdict(adapters: list[str], split: str) -> float:
     pipeline, prompts = loading.load("micro-turbo", lora=None, adapters=found), load_prompts("blocks", split)
     config = RolloutConfig(num_prompts=136, group_size=16, num_inference_steps=1, sample_batch_size=64)
     rewards = build({"geneval-strict": 1.0}, prompts)
-    return Rollouts(pipeline, prompts, rewards, config, pipeline.resolution, seed=10_007).collect(0, "default")[1][
-        "reward"
-    ]
+    _, log = Rollouts(pipeline, prompts, rewards, config, pipeline.resolution, seed=10_007).collect(0, "default")
+    return log["reward"]
 
 
 # ---- what an update costs
