@@ -56,6 +56,9 @@ VARIANTS = {  # name -> recipe and changes
     "DrPO, proxy": ("drpo-micro-turbo", [PROXY, *APART, DRPO]),
     "DRaFT, proxy": ("draft-micro-turbo", []),
     "DrPO near, gold": ("drpo-micro-turbo", [GOLD]),  # candidates near each other, masked, in the latents: the recipe
+    "DrPO near unmasked, gold": ("drpo-micro-turbo", [GOLD, "method.mask_self_anchor=false"]),
+    "DrPO near raw, gold": ("drpo-micro-turbo", [GOLD, "method.field=raw"]),
+    "DrPO near, proxy": ("drpo-micro-turbo", [PROXY]),
     "DPO one-step near, gold": (
         "drpo-micro-turbo",
         [GOLD, "method={name: dpo-one-step, num_positive: 2, num_negative: 2}"],

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -212,6 +213,19 @@ def test_a_record_averages_metrics_over_the_terms_and_counts_updates():
     assert all(record.metrics["kl"] == 2.5 for record in records)
     assert all(isinstance(value, int | float) for value in records[0].metrics.values())
     assert {"slow", "seconds/collect", "seconds/forward", "seconds/backward", "seconds/step"} <= set(records[0].metrics)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_seconds_of_collecting_are_counted_whether_batches_come_one_by_one_or_as_a_list(whole):
+    def slowly(step):
+        for _ in range(2):
+            time.sleep(0.05)
+            yield torch.zeros(8, 3)
+
+    trainer = learner(lambda networks, batch: [Loss("a", both(networks, batch)), Loss("b", both(networks, batch))])
+    trainer.method.collect = (lambda step: list(slowly(step))) if whole else slowly
+    for record in trainer.run():
+        assert 0.1 < record.metrics["seconds/collect"] < record.metrics["seconds/step"]
 
 
 def test_a_single_network_needs_no_suffix():

@@ -46,8 +46,11 @@ def training(num_steps=40, gold=lambda u: 0.3 + 0.2 * u, images_per_step=64):
             "diversity": 8 - u,
             "images": images_per_step * step,
             "elapsed_seconds": 4.0 * step,
-            "seconds/sample": 1.0,
-            "seconds/train": 3.0,
+            "seconds/collect": 1.5,  # sampling and rewards are parts of it
+            "seconds/sampling": 1.0,
+            "seconds/rewards": 0.25,
+            "seconds/forward": 2.0,
+            "seconds/step": 4.0,
             "images_per_second": 16.0,
             "failed/geneval": 2 if step == 3 else 0,
         }
@@ -570,6 +573,12 @@ def test_drift_is_marked_only_where_the_look_moved_far(page):
     assert "◆" in rows["brightness"]
     assert "◆" not in rows["saturation"]
     assert f"The look changed by more than 25% of its start: brightness {MINUS}60%." in page.text
+
+
+def test_parts_of_a_step_add_up_to_it_and_none_counts_twice(page):
+    (chart,) = [each for each in page.all("svg") if each["aria-label"].startswith("Seconds per step")]
+    assert chart["aria-label"] == ("Seconds per step: forward 2, sampling 1, other 0.5, collect 0.25 and rewards 0.25.")
+    assert "4 seconds per step." in page.text
 
 
 def test_images_that_could_not_be_scored_are_counted(page):

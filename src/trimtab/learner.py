@@ -11,8 +11,9 @@ to go on bit for bit.
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Learner:
         while self.step < self.num_steps:
             started = time.perf_counter()
             log = defaultdict(list)
-            for batch in self._timed(self.method.collect(self.step), "collect", log):
+            for batch in self._timed(partial(self.method.collect, self.step), "collect", log):
                 self._update(batch, log)
             log |= {name: [value] for name, value in self.method.after_step(self.step).items()}
             self.step += 1
@@ -86,7 +87,7 @@ class Learner:
     def _update(self, batch: Any, log: dict[str, list]) -> None:
         """One optimizer update of every network that the batch's losses name."""
         totals: dict[str, Tensor] = {}
-        for loss in self._timed(self.method.losses(batch), "forward", log):
+        for loss in self._timed(partial(self.method.losses, batch), "forward", log):
             started = time.perf_counter()
             self.accelerator.backward(loss.value, inputs=list(self.parameters[loss.network].values()))
             log["seconds/backward"].append(time.perf_counter() - started)
@@ -138,16 +139,15 @@ class Learner:
         log[f"skipped_updates{suffix}"].append(float(not finite))
         log[f"lr{suffix}"].append(rate)
 
-    def _timed(self, items: Any, phase: str, log: dict[str, list]) -> Iterator[Any]:
-        """The items, with the seconds that each took to arrive."""
-        iterator = iter(items)
-        while True:
-            started = time.perf_counter()
-            item = next(iterator, None)
+    def _timed(self, make: Callable[[], Iterable[Any]], phase: str, log: dict[str, list]) -> Iterator[Any]:
+        """The items, with the seconds that making each took, all of them at once or one by one."""
+        started = time.perf_counter()
+        iterator = iter(make())
+        while (item := next(iterator, None)) is not None:
             log[f"seconds/{phase}"].append(time.perf_counter() - started)
-            if item is None:
-                return
             yield item
+            started = time.perf_counter()
+        log[f"seconds/{phase}"].append(time.perf_counter() - started)
 
     def _summary(self, log: dict[str, list], seconds: float) -> dict[str, float]:
         """Times and counts are summed over the step, everything else is averaged."""

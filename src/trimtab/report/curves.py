@@ -220,11 +220,14 @@ def _summary(runs: Sequence[RunFolder], key: str) -> str:
 
 
 def _seconds_chart(run: RunFolder) -> Chart | None:
-    means = {key: np.nanmean(values) for key, values in run.metrics.items() if key.startswith("seconds/")}
-    phases = {key.removeprefix("seconds/"): means[key] for key in sorted(means, key=means.get, reverse=True)}
-    total = sum(phases.values())
+    means = {k.removeprefix("seconds/"): np.nanmean(v) for k, v in run.metrics.items() if k.startswith("seconds/")}
+    total = means.pop("step", 0.0)
     if not total:
         return None
+    if "collect" in means:  # which holds the sampling and the rewards of methods that say how long these took
+        means["collect"] = max(0.0, means["collect"] - means.get("sampling", 0.0) - means.get("rewards", 0.0))
+    means["other"] = max(0.0, total - sum(means.values()))
+    phases = {name: means[name] for name in sorted(means, key=means.get, reverse=True) if means[name] > total / 1000}
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
