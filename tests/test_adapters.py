@@ -1,5 +1,8 @@
 """Adapters: a file that does not fit is refused before a weight is read."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -101,3 +104,24 @@ def test_a_lora_may_be_trained_on_soft_tokens_which_all_its_roles_then_have(tiny
     value.square().mean().backward()
     gradients = {name: p.grad for name, p in trained.roles.parameters("default").items()}
     assert any(g is not None and g.abs().max() > 0 for g in gradients.values())
+
+
+def test_an_adapter_names_its_model_and_says_so_where_it_meets_another(tiny_folder, tmp_path, caplog):
+    lora, tokens = tmp_path / "lora", tmp_path / "tokens"
+    loading.load(str(tiny_folder), lora=LoraSettings(rank=2, lora_alpha=2)).export(lora, "default")
+    face = loading.load_with_tokens(str(tiny_folder), TokenSettings(num_layers=2), num_signs=1, roles=("default",))
+    face.roles.export(tokens, "default", {})
+    assert json.loads((lora / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_folder)
+    loading.check_adapters([str(lora), str(tokens)], str(tiny_folder))
+    assert not caplog.messages
+    copied = shutil.copytree(tiny_folder, tmp_path / "twin")
+    loading.check_adapters([str(lora), str(tokens)], str(copied))
+    assert caplog.messages == [
+        f"adapter {str(each)!r} was trained on {str(tiny_folder)!r} and is put on {str(copied)!r}"
+        for each in (lora, tokens)
+    ]
+
+
+def test_full_weights_name_their_model_and_not_where_it_lay(tmp_path):
+    loading.load("micro", lora=None).export(tmp_path, "default")
+    assert json.loads((tmp_path / "model_index.json").read_text())["_name_or_path"] == "micro"

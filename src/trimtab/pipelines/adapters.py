@@ -1,5 +1,7 @@
 """Small files that change a model: LoRAs, which are merged into it, and soft tokens, which are put beside its text."""
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,10 @@ from torch import nn
 from trimtab.errors import UserError
 from trimtab.pipelines import soft_tokens
 
+logger = logging.getLogger(__name__)
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in a file's header
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Adapters:
 def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
     """The files in the folders (or the files) `names`; UserError unless all fit `network`, which may have no weights.
 
-    Reads names and shapes only. There may be any number of LoRAs, and one bank of soft tokens.
+    Reads headers only. There may be any number of LoRAs, and one bank of soft tokens. Of one that says that it was
+    trained on another model than `model` but fits, a warning: the same model may go by a name and by a folder.
     """
     loras, tokens = [], []
     for name in names:
@@ -36,6 +42,9 @@ def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
             else:
                 _check_lora(file, network, model, name)
                 loras.append(file)
+            base = _base(file)
+            if base not in (None, model):
+                logger.warning("adapter %r was trained on %r and is put on %r", name, base, model)
     if len(tokens) > 1:
         raise UserError(f"{tokens[0]} and {tokens[1]} are both soft tokens, and a model takes one bank; give one.")
     twice = {file for file in loras if loras.count(file) > 1}
@@ -79,6 +88,15 @@ def _check_lora(file: Path, network: nn.Module, model: str, name: str) -> None:
                 f"adapter {name!r} belongs to another model than {model!r}: it changes {module}, which {found}; "
                 "give the model that it was trained on."
             )
+
+
+def _base(file: Path) -> str | None:
+    """The model that an adapter says it was trained on."""
+    with safe_open(file, framework="pt") as tensors:
+        header = tensors.metadata() or {}
+    settings = json.loads(header.get(LORA_METADATA, "{}"))
+    named = (value for key, value in settings.items() if key.endswith(".base_model_name_or_path"))
+    return header.get("base_model") or next(named, None)
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

@@ -157,6 +157,7 @@ class Face:
         if student is not None:
             student.save_pretrained(folder / "scheduler")
         state, config = self.roles.lora_state(role), self.roles.lora.peft_config()
+        config.base_model_name_or_path = self.pipe.config["_name_or_path"]
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         layers = {f"{self.NETWORK}_lora_layers": state, f"{self.NETWORK}_lora_adapter_metadata": config.to_dict()}
         self.pipe.save_lora_weights(folder, **layers)

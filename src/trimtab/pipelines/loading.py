@@ -184,6 +184,7 @@ def _stock(
     face = FACES[_index(path, model)["_class_name"]]
     dtypes = {"default": precision, face.NETWORK: torch.float32 if merged else network_dtype, "vae": torch.float32}
     pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes, **_students_own(model, dtypes[face.NETWORK]))
+    pipe.register_to_config(_name_or_path=model)  # what exports call their base, not where it lies on this machine
     pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
     merge(pipe, merged)
     if merged and network_dtype != torch.float32:
