@@ -8,7 +8,7 @@
 
 All methods see the same number of generated pictures of the same prompts. Those that need no gradient rank by the exact
 verdict ("gold"), and a second time by the recognizer ("proxy"); those that do climb the recognizer. Scores are of the
-test prompts of blocks, 4 pictures each. Writes benchmarks/results/drpo*.{json,md} and docs/images/drpo-curves.png.
+test prompts of blocks, 4 pictures each. Writes benchmarks/results/drpo*.{json,md} and docs/images/drpo-curves-*.png.
 What is finished is not run again.
 """
 
@@ -90,9 +90,10 @@ def trained(name: str, seed: int, given: argparse.Namespace) -> Path:
     return run.train(configured(name, seed, given), given.display, resume=True, command="drpo.py")
 
 
-def untouched(seed: int, given: argparse.Namespace) -> Path:
-    """A folder with what *micro-turbo* itself earns for the prompts and noises, candidates apart, of every update."""
-    config = configured(f"untouched-{given.steps}x{given.num_pictures}", seed, given, variant="DrPO, gold")
+def untouched(name: str, seed: int, given: argparse.Namespace) -> Path:
+    """A folder with what *micro-turbo* itself earns for the prompts and noises of every update of a variant."""
+    kind, variant = ("near", "DrPO near, gold") if "near" in name else ("apart", "DrPO, gold")
+    config = configured(f"untouched-{kind}-{given.steps}x{given.num_pictures}", seed, given, variant=variant)
     folder = Path(config.output_dir) / config.name
     if not (folder / "metrics.jsonl").is_file():
         built = wiring.build(config, folder, Accelerator(cpu=True), wiring.check(config), given.display)
@@ -101,13 +102,13 @@ def untouched(seed: int, given: argparse.Namespace) -> Path:
     return folder
 
 
-def picture(folders: dict[str, list[Path]], base: list[Path], file: Path) -> None:
+def picture(folders: dict[str, list[Path]], given: argparse.Namespace) -> None:
     """What training changes for the candidates of each update, in proxy and gold, and one against the other: who hacks
     goes right and down. Means over the last third of the updates."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    window = max(1, len((base[0] / "metrics.jsonl").read_text().splitlines()) // 3)
+    window = max(1, given.steps // 3)
     for name, runs in folders.items():
-        gains = []
+        base, gains = [untouched(name, seed, given) for seed in given.seeds], []
         for reward in ("recognizer", "geneval"):
             keys = f"rewards/{reward}/mean", f"watched/{reward}/mean"
             pairs = zip(curve(runs, *keys, window=window), curve(base, *keys, window=window), strict=True)
@@ -122,15 +123,12 @@ def picture(folders: dict[str, list[Path]], base: list[Path], file: Path) -> Non
     for axis in axes:
         axis.axhline(0, color="gray", linewidth=0.6)
     axes[0].legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    figure.savefig(RESULTS.parents[1] / "docs" / "images" / f"drpo-curves-{given.steps}.png", dpi=110)
 
 
 def compare(given: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     folders = {name: [trained(name, seed, given) for seed in given.seeds] for name in given.only or VARIANTS}
-    apart = {name: runs for name, runs in folders.items() if "near" not in name}
-    if apart:
-        base = [untouched(seed, given) for seed in given.seeds]
-        picture(apart, base, RESULTS.parents[1] / "docs" / "images" / "drpo-curves.png")
+    picture(folders, given)
     rows = {"micro-turbo": [numbers(next(iter(folders.values()))[0], "base")]}
     return rows | {name: [numbers(folder) for folder in runs] for name, runs in folders.items()}
 
