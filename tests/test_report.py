@@ -9,11 +9,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from trimtab.errors import UserError
 from trimtab.metrics import Interval
 from trimtab.report import curves, hacking, pictures, words, write_report
+from trimtab.report.card import write_card
 from trimtab.report.folder import read_run
 from trimtab.report.verdict import change, sentence
 
@@ -603,3 +605,31 @@ def test_numbers_are_written_for_readers():
     assert [words.duration(seconds) for seconds in (90, 600, 36000)] == ["90 s", "10 min", "10.0 h"]
     assert words.listed(["a"]) == "a"
     assert words.listed(["a", "b", "c"]) == "a, b and c"
+
+
+# The model card
+
+
+RECIPE = """
+method: {name: drpo}
+model: {pretrained_model_name_or_path: stabilityai/sd-turbo, adapters: [runs/tokens/export], finetune_type: lora}
+"""
+
+
+def test_the_card_of_an_export_names_its_model_and_says_how_to_sample_it_and_what_it_scores(run):
+    (run / "config.yaml").write_text(RECIPE)
+    card = ModelCard.load(write_card(run))
+    assert (card.data.base_model, card.data.library_name) == ("stabilityai/sd-turbo", "diffusers")
+    assert "drpo" in card.data.tags
+    assert "trimtab sample stabilityai/sd-turbo --adapter runs/tokens/export --adapter . -p" in card.text
+    assert "| overall | 0.30 (" in card.text
+    assert "| | base | base-guided | trained | change |" in card.text
+    assert "adapters: [runs/tokens/export]" in card.text  # the recipe
+
+
+def test_the_card_of_full_weights_that_were_not_evaluated(tmp_path):
+    write_metrics(tmp_path, training())
+    (tmp_path / "config.yaml").write_text(RECIPE.replace("lora}", "full}"))
+    card = ModelCard.load(write_card(tmp_path))
+    assert "trimtab sample . -p" in card.text
+    assert "| |" not in card.text

@@ -214,7 +214,7 @@ def test_a_run_leaves_all_that_it_promises_and_resuming_it_only_prints_the_resul
     assert [event.step for event in board.Scalars("reward")] == [1, 2, 3]
     assert {file.name for file in (folder / "samples").iterdir()} == {f"step-00000{n}.png" for n in (0, 2, 3)}
     assert {file.name for file in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}  # the last two
-    exported = {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"}
+    exported = {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json", "README.md"}
     assert {file.name for file in (folder / "export").iterdir()} >= exported
     for label in ("base", "base-guided", "trained"):
         results = json.loads((folder / "evaluation" / label / "results.json").read_text())

@@ -20,6 +20,7 @@ from trimtab.learner import Record
 from trimtab.log import MetricsLog, append
 from trimtab.recipe import RunConfig
 from trimtab.report import write_report
+from trimtab.report.card import write_card
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
@@ -154,6 +155,7 @@ def _finish(run: Run) -> None:
         return
     if run.config.evaluation.suite is not None:
         _evaluate(run, "trained", run.result, _setting(run))
+    write_card(run.folder)
     write_report(run.folder)
 
 

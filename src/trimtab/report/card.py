@@ -1,0 +1,45 @@
+"""The model card of an export: what it belongs to, how it was made, what it scores. The Hugging Face hub shows it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from trimtab.files import atomic_write
+from trimtab.report.folder import RunFolder, read_run
+from trimtab.report.tables import Row, drift_rows, facts, score_rows
+from trimtab.report.verdict import sentence
+
+
+def write_card(run_folder: Path) -> Path:
+    """Writes export/README.md from what else is in the folder, and returns its path; raises as `read_run` does."""
+    run, output = read_run(run_folder), run_folder / "export" / "README.md"
+    atomic_write(output, "\n".join(_lines(run)) + "\n")
+    return output
+
+
+def _lines(run: RunFolder) -> Iterator[str]:
+    model, method = run.config["model"], run.config["method"]["name"]
+    base, merged = model["pretrained_model_name_or_path"], model["adapters"]
+    about = ModelCardData(
+        base_model=base, library_name="diffusers", pipeline_tag="text-to-image", tags=["trimtab", method]
+    )
+    yield f"---\n{about.to_yaml()}\n---\n\n# {run.name}\n"
+    yield f"`{base}`, post-trained by trimtab with `{method}`: {', '.join(facts(run))}.\n"
+    if model["finetune_type"] == "full":
+        yield "```\ntrimtab sample . -p 'a prompt'\n```\n"
+    else:
+        words = [f"--adapter {each}" for each in (*merged, ".")]  # in the order in which they were trained
+        yield f"```\ntrimtab sample {base} {' '.join(words)} -p 'a prompt'\n```\n"
+    if run.evaluations:
+        labels = [*run.evaluations, *(["change"] if run.reference else [])]
+        yield f"{sentence(run)}\n"
+        yield from _table(labels, [*score_rows(run), *drift_rows(run)])
+    yield f"\n## Recipe\n\n```yaml\n{run.config_text.strip()}\n```"
+
+
+def _table(labels: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
+    yield f"| | {' | '.join(labels)} |\n|{' --- |' * (len(labels) + 1)}"
+    for row in rows:
+        cells = [f"{cell.value} ({cell.detail})" if cell.detail else cell.value for cell in row.cells]
+        yield f"| {row.name} | {' | '.join(cells)} |"
