@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from trimtab.batch import Prompts, Rollout
+from trimtab.forward import Points
 from trimtab.matching import adaptive_error
 from trimtab.methods.diffusion_nft import DiffusionNFT, DiffusionNFTConfig, nft_errors, nft_loss
+from trimtab.process import RectifiedFlow, VariancePreserving
 from trimtab.rollout import RolloutConfig
 
 CLIP = 5.0
@@ -39,6 +41,15 @@ def test_errors_by_hand():
     v, v_old = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     plus, minus = nft_errors(v, v_old, torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.5]), 2.0)
     assert (plus.item(), minus.item()) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("process", [RectifiedFlow(), VariancePreserving()])
+def test_a_field_that_is_right_has_no_error_in_any_process(process):
+    _, _, x0, eps, t, *_ = fields()
+    right, x_t = eps - x0, process.noised(x0, eps, t)
+    for errors in (nft_errors(right, right, x_t, x0, t, b, process) for b in (0.5, 2.0)):
+        assert torch.cat(errors).max() < 1e-9
+    assert nft_errors(right + 1, right, x_t, x0, t, 1.0, process)[0].min() > 1e-3
 
 
 def test_the_loss_by_hand():
@@ -88,7 +99,9 @@ def test_the_old_field_gets_no_gradient():
 
 
 def method(face, batch_size, **config):
-    rollouts = SimpleNamespace(config=RolloutConfig(num_inference_steps=4), time_grid=lambda: face.time_grid(4))
+    rollouts = SimpleNamespace(
+        config=RolloutConfig(num_inference_steps=4), time_grid=lambda: face.time_grid(4), mean_length=len
+    )
     return DiffusionNFT(DiffusionNFTConfig(num_train_times=2, **config), face, rollouts, batch_size)
 
 
@@ -153,3 +166,18 @@ def test_updates_are_counted_and_are_part_of_the_state(tiny):
     other = method(face, 100)
     other.load_state_dict({"updates": 7})
     assert other.updates == 7
+
+
+@pytest.mark.parametrize("folder", ["tiny_sd_folder", "tiny_folder"])
+def test_the_anchor_compares_what_networks_say_and_not_the_flow_that_noise_means(folder, request, build_face):
+    face = build_face(request.getfixturevalue(folder), frozen=("old",))
+    with torch.no_grad():
+        for p in face.roles.parameters("default").values():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    texts = ("a red circle", "two stars")
+    x_t = torch.randn(2, *face.latent_shape(face.resolution), generator=torch.Generator().manual_seed(0))
+    at = Points(x_t, x_t, torch.tensor([0.5, 0.99]), x_t, face.encode(texts))
+    loss = method(face, 100, kl_beta=0.0)._loss(at, torch.zeros(2), 2)
+    with torch.no_grad():
+        now, ref = (face.predict(x_t, at.t, at.condition, role).value for role in ("default", "ref"))
+    assert loss.metrics["kl"].item() == pytest.approx((now - ref).square().mean().item(), rel=1e-4)

@@ -68,7 +68,8 @@ def test_after_a_small_step_the_mean_log_ratio_is_minus_a_divergence_and_falls_w
 def test_weights_are_clipped_and_have_mean_one_among_siblings():
     group = torch.tensor([0, 0, 1, 1])
     weights = importance_weights(torch.tensor([0.0, 9.0, -9.0, NAN]), group, 0.2)
-    assert weights.tolist() == pytest.approx([1 / 1.1, 1.2 / 1.1, 0.8 / 0.9, 1 / 0.9])
+    assert weights.tolist() == pytest.approx([1 / 1.1, 1.2 / 1.1, 1, 0])  # what is not known weighs nothing
+    assert importance_weights(torch.tensor([NAN, NAN, 0.0, 0.0]), group, 0.2).tolist() == [0, 0, 1, 1]
     assert importance_weights(torch.zeros(4), group, 0.2).tolist() == [1, 1, 1, 1]
 
 
@@ -117,6 +118,13 @@ def test_sizes_are_averaged_over_the_end_of_the_cold_start_and_then_frozen():
     assert balance.rewards_count
     observed(balance, 1.0, size=50.0, mine=50.0)
     assert (balance.size(), balance.size("mine")) == (2, 20)
+
+
+def test_an_update_that_was_not_finite_makes_no_size_smaller():
+    balance = Balance(GNDMConfig(reward_start=3, calibration=3))
+    for size in (2.0, NAN, 4.0):
+        observed(balance, 1.0, size=size)
+    assert (balance.size(), balance.misfit) == (3, 1)
 
 
 def test_a_ramp_brings_rewards_in():
@@ -266,7 +274,7 @@ def test_matching_gradient_sizes_has_no_equilibrium(tiny_folder):
     # update, a reward of weight .9 does nothing at all and one of 1.1 runs away; frozen, each has its own place.
     def rest(weight, weighting):
         _, _, method = built(tiny_folder, Smooth(), weighting=weighting)
-        method.balance.sizes, a = {"": 1.0, "light": 1.0}, 1.0
+        method.balance.sizes, method.balance.observed, a = {"": 1.0, "light": 1.0}, 1, 1.0
         for _ in range(400):
             pull, gradient = torch.full((1, 1), -a), torch.ones(1, 1)
             seen = {"": pull.square().mean().item(), "light": 1.0}

@@ -272,3 +272,11 @@ def test_diversity_is_the_root_mean_square_distance_of_siblings():
         pairs = [(members[i] - members[j]).square().mean() for i, j in ((0, 1), (0, 2), (1, 2))]
         distances.append(torch.stack(pairs).mean().sqrt())
     assert log["diversity"] == pytest.approx(torch.stack(distances).mean().item(), rel=1e-5)
+
+
+def test_processes_divide_by_the_mean_of_their_lengths_so_that_all_samples_weigh_the_same():
+    here = make(num_prompts=2, group_size=3)
+    rollout = here.blank(here.prompts_of(0), 0)
+    assert here.mean_length(rollout) == 6
+    there = make(num_prompts=2, group_size=3, num_processes=2, gather=lambda x: torch.cat([x, torch.tensor([2.0])]))
+    assert there.mean_length(rollout) == 4  # 6 here and 2 there: a quarter of the sum, each, and the mean of both

@@ -166,6 +166,11 @@ class Rollouts:
         """x (N,) of all processes, on the CPU."""
         return x if self.gather is None else self.gather(x.to(self.pipeline.device)).cpu()
 
+    def mean_length(self, part: Rollout) -> float:
+        """Samples in a part of a step's rollout: the mean over processes, by which each divides its sum, so that
+        samples weigh the same wherever they are. All processes must ask."""
+        return self.everybody(torch.tensor([float(len(part))])).mean().item()
+
     def log(self, scored: Scored, rollout: Rollout) -> dict[str, float]:
         """What there is to say of a rollout."""
         log = {

@@ -32,13 +32,18 @@ exact tilt p_old exp(r / beta) / Z; to first order it is v - v_old = (D / 2 beta
 The equations are those of the first author's public trainer (Flow-Factory). Departures from it:
 
 1. Centring is within a prompt, as the derivation needs. The trainer centres over all that a micro-batch gathers from
-   the devices, where log Z(c) of different prompts does not cancel; that is centring="batch".
+   the devices, where log Z(c) of different prompts does not cancel; that is centring="batch", here over one forward's
+   pack of prompts, each at times of its own.
 2. s in (8) may be any number in [0, 1]. The trainer takes R, whose average never changes; the abstract speaks of the
    reward, which lets the anchor tighten as training succeeds.
 3. tau = 0 pools by the sign of the advantage, R above or below 1/2. The trainer tests R > 0 and R < 0, so that its
    negative pool is always empty.
 4. Centres can be computed first and given to the loss, so that a group may be spread over micro-batches.
 5. Groups of equal rewards stay in the loss. There it pulls q to the same value for all siblings, towards the old field.
+6. (8) compares what networks say, their noise if they predict noise: the flow that this means grows without bound as
+   alpha falls. To networks that predict the flow, as the trainer's, it is the same.
+7. Ten stratified times a rollout, shared by siblings (the trainer: twenty, each sample's own), and advantages in units
+   of the deviation within groups (`rollout.advantage_std`; the trainer: of all rewards).
 """
 
 import re
@@ -59,6 +64,7 @@ from trimtab.groups import means, softmax_weights
 from trimtab.matching import adaptive_error, denoising_error
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
+from trimtab.prediction import Prediction
 from trimtab.roles import REFERENCE
 from trimtab.rollout import Rollouts
 
@@ -155,7 +161,7 @@ def distillation_loss(
     beta: float = 1.0,
     clip: float = 5.0,
     loss_type: Literal["mse", "bce"] = "mse",
-    num_terms: int | None = None,
+    num_terms: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 7 for q, signal (B,) and their `centres` (2, W, B): sum over B divided by num_terms, and metrics.
 
@@ -187,7 +193,7 @@ def anchor_strength(kl_beta: float, s: Tensor, floor: float = 1e-4) -> Tensor:
     return floor + s.detach() * (kl_beta - floor)
 
 
-def anchor_loss(v: Tensor, v_ref: Tensor, strength: Tensor, num_terms: int | None = None) -> Tensor:
+def anchor_loss(v: Tensor, v_ref: Tensor, strength: Tensor, num_terms: float | None = None) -> Tensor:
     """Eq. 8: strength-weighted distance of v to the reference field, a scalar; num_terms as in `distillation_loss`."""
     distance = denoising_error(v, v_ref.detach())  # (B,)
     return (strength.detach() * distance).sum() / (len(v) if num_terms is None else num_terms)
@@ -257,12 +263,12 @@ class CRD:
         """One term for each time and pack of whole groups; a group too large for a pack takes two passes."""
         config, grid = self.config, self.rollouts.time_grid()
         times = times_of(rollout, config, grid)  # (B, T)
-        num_terms = len(rollout) * config.num_train_times
-        for number, t in enumerate(times.unbind(1) if num_terms else ()):
+        num_terms = self.rollouts.mean_length(rollout) * config.num_train_times
+        for number, t in enumerate(times.unbind(1) if len(rollout) else ()):
             at = points(self.pipeline, rollout, t, number)
             for pack in whole_groups(rollout.group, self.batch_size):
                 yield from self._pack(rollout[pack], at[pack], num_terms)
-        self.updates += 1
+        self.updates += num_terms > 0
 
     def after_step(self, step: int) -> dict[str, float]:
         moved = {OLD: self.config.old_model_decay, SAMPLER: self.config.sampling_model_decay}
@@ -274,7 +280,7 @@ class CRD:
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, TRAINED)
 
-    def _pack(self, siblings: Rollout, at: Points, num_terms: int) -> Iterator[Loss]:
+    def _pack(self, siblings: Rollout, at: Points, num_terms: float) -> Iterator[Loss]:
         """The terms of whole groups at one time. Old predictions are made once, whether in one pass or two."""
         parts = torch.arange(len(at)).split(self.batch_size)
         signal = self._signal(siblings).to(at.x_t)
@@ -282,24 +288,24 @@ class CRD:
         centre = None
         if len(parts) > 1:  # centres first, gradients second
             with torch.no_grad():
-                q = [self._q(self._flow(at[part]), old, at[part]) for part, old in zip(parts, v_old, strict=True)]
+                q = [self._q(self._now(at[part]).flow, old, at[part]) for part, old in zip(parts, v_old, strict=True)]
             centre = self._centres(torch.cat(q), signal, siblings.group)
         for part, old in zip(parts, v_old, strict=True):
-            v_ref = self._anchor(at[part])
-            v = self._flow(at[part])
-            q = self._q(v, old, at[part])
+            anchor = self._anchor(at[part])
+            now = self._now(at[part])
+            q = self._q(now.flow, old, at[part])
             own = self._centres(q, signal, siblings.group) if centre is None else centre[..., part]
-            yield self._loss(v, v_ref, q, signal[part], own, siblings[part], num_terms)
+            yield self._loss(now, anchor, q, signal[part], own, siblings[part], num_terms)
 
     def _loss(
         self,
-        v: Tensor,
-        v_ref: Tensor | None,
+        now: Prediction,
+        anchor: Prediction | None,
         q: Tensor,
         signal: Tensor,
         centre: Tensor,
         rollout: Rollout,
-        num_terms: int,
+        num_terms: float,
     ) -> Loss:
         config = self.config
         value, metrics = distillation_loss(
@@ -311,9 +317,9 @@ class CRD:
             loss_type=config.crd_loss_type,
             num_terms=num_terms,
         )
-        if v_ref is not None:
-            value = value + anchor_loss(v, v_ref, self._strength(rollout, signal), num_terms)
-            metrics["kl"] = denoising_error(v.detach(), v_ref).mean()
+        if anchor is not None:
+            value = value + anchor_loss(now.value, anchor.value, self._strength(rollout, signal), num_terms)
+            metrics["kl"] = denoising_error(now.value.detach(), anchor.value).mean()
         return Loss(TRAINED, value, metrics)
 
     def _signal(self, rollout: Rollout) -> Tensor:
@@ -336,8 +342,8 @@ class CRD:
     def _q(self, v: Tensor, v_old: Tensor, at: Points) -> Tensor:
         return implicit_reward(v, v_old, at.target, self.config.adaptive_logp)
 
-    def _flow(self, at: Points) -> Tensor:
-        return self.pipeline.predict(at.x_t, at.t, at.condition, TRAINED).flow
+    def _now(self, at: Points) -> Prediction:
+        return self.pipeline.predict(at.x_t, at.t, at.condition, TRAINED)
 
     @torch.no_grad()
     def _old(self, at: Points) -> Tensor:
@@ -345,7 +351,7 @@ class CRD:
         return self.pipeline.predict(at.x_t, at.t, at.condition, role).flow
 
     @torch.no_grad()
-    def _anchor(self, at: Points) -> Tensor | None:
+    def _anchor(self, at: Points) -> Prediction | None:
         if not self.config.kl_beta:
             return None
-        return self.pipeline.predict(at.x_t, at.t, at.condition, REFERENCE, self.config.kl_cfg).flow
+        return self.pipeline.predict(at.x_t, at.t, at.condition, REFERENCE, self.config.kl_cfg)

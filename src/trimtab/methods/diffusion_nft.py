@@ -4,7 +4,7 @@ The policy's field is pushed towards samples by their optimality R in [0, 1] and
 them by 1 - R:
 
     (1)  v+ = b v + (1 - b) v_old,  v- = (1 + b) v_old - b v,   v_old without gradient
-    (2)  x+ = x_t - t v+,  x- = x_t - t v-
+    (2)  x+ = x_t - t v+,  x- = x_t - t v-;   in other processes the x_0 that x_t and the flow v+ or v- mean
     (3)  l+- = mean_j (x+-_j - x_0_j)^2 / stopgrad max(mean_j |x+-_j - x_0_j|, 1e-5)
     (4)  L = C mean_i [ (R_i l+_i + (1 - R_i) l-_i) / b ] + kl_beta mean_i mean_j (v - v_ref)^2,  v_ref without guidance
     (5)  R = clip(A, -C, C) / (2 C) + 1/2;   old <- d(n) old + (1 - d(n)) theta,  d(n) = min(slope n, end)
@@ -17,6 +17,8 @@ Departures from the paper and its code (NVlabs/DiffusionNFT):
 
 1. Siblings share their times, as everywhere in trimtab; the code draws an order of times for each sample.
 2. The solver of the rollout is the recipe's; the code's is a second-order multistep one (`rollout.solver_order: 2`).
+3. The anchor compares what networks say, their noise if they predict noise: the flow that this means grows without
+   bound as alpha falls. To networks that predict the flow, as the code's, it is the same.
 """
 
 from collections.abc import Iterator
@@ -33,7 +35,8 @@ from trimtab.forward import Points, TimesConfig, points, times_of
 from trimtab.matching import adaptive_error, denoising_error
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
-from trimtab.process import over
+from trimtab.prediction import Prediction
+from trimtab.process import Process, RectifiedFlow
 from trimtab.roles import REFERENCE
 from trimtab.rollout import Rollouts
 
@@ -61,17 +64,25 @@ class DiffusionNFTConfig(TimesConfig):
         return OLD
 
 
-def nft_errors(v: Tensor, v_old: Tensor, x_t: Tensor, x0: Tensor, t: Tensor, nft_beta: float) -> tuple[Tensor, Tensor]:
+def nft_errors(
+    v: Tensor,
+    v_old: Tensor,
+    x_t: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    nft_beta: float,
+    process: Process = RectifiedFlow(),  # noqa: B008
+) -> tuple[Tensor, Tensor]:
     """Eq. 1 to 3: the self-normalised errors (B,) of the positive and of the negative field; v (B, ...), t (B,)."""
     v_old = v_old.detach()
     plus = nft_beta * v + (1 - nft_beta) * v_old
     minus = (1 + nft_beta) * v_old - nft_beta * v
-    step = over(t, x_t)
-    return adaptive_error(x_t - step * plus, x0), adaptive_error(x_t - step * minus, x0)
+    found = (Prediction(flow, "flow", x_t, t, process).x0 for flow in (plus, minus))
+    return tuple(adaptive_error(each, x0) for each in found)
 
 
 def nft_loss(
-    plus: Tensor, minus: Tensor, signal: Tensor, *, nft_beta: float, clip: float, num_terms: int | None = None
+    plus: Tensor, minus: Tensor, signal: Tensor, *, nft_beta: float, clip: float, num_terms: float | None = None
 ) -> Tensor:
     """Eq. 4 without its anchor: a scalar, summed over B and divided by num_terms (None: B)."""
     terms = (signal * plus + (1 - signal) * minus) / nft_beta  # (B,)
@@ -107,13 +118,13 @@ class DiffusionNFT:
 
     def losses(self, rollout: Rollout) -> Iterator[Loss]:
         grid = self.rollouts.time_grid()
-        num_terms = len(rollout) * self.config.num_train_times
+        num_terms = self.rollouts.mean_length(rollout) * self.config.num_train_times
         times = times_of(rollout, self.config, grid)  # (B, T)
-        for number, t in enumerate(times.unbind(1) if num_terms else ()):
+        for number, t in enumerate(times.unbind(1) if len(rollout) else ()):
             at = points(self.pipeline, rollout, t, number)
             for part in torch.arange(len(at)).split(self.batch_size):
                 yield self._loss(at[part], rollout.advantage[part], num_terms)
-        self.updates += 1
+        self.updates += num_terms > 0
 
     def after_step(self, step: int) -> dict[str, float]:
         decay = min(self.config.decay_slope * self.updates, self.config.decay_end)
@@ -123,17 +134,17 @@ class DiffusionNFT:
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, TRAINED)
 
-    def _loss(self, at: Points, advantage: Tensor, num_terms: int) -> Loss:
-        config = self.config
+    def _loss(self, at: Points, advantage: Tensor, num_terms: float) -> Loss:
+        config, process = self.config, self.pipeline.process
         with torch.no_grad():
             v_old = self.pipeline.predict(at.x_t, at.t, at.condition, OLD).flow
-            v_ref = self.pipeline.predict(at.x_t, at.t, at.condition, REFERENCE).flow
-        v = self.pipeline.predict(at.x_t, at.t, at.condition, TRAINED).flow
+            before = self.pipeline.predict(at.x_t, at.t, at.condition, REFERENCE)
+        now = self.pipeline.predict(at.x_t, at.t, at.condition, TRAINED)
         signal = (
             advantage.clamp(-config.adv_clip_range, config.adv_clip_range) / (2 * config.adv_clip_range) + 0.5
-        ).to(v)
-        plus, minus = nft_errors(v, v_old, at.x_t, at.x0, at.t, config.nft_beta)
+        ).to(now.x_t)
+        plus, minus = nft_errors(now.flow, v_old, at.x_t, at.x0, at.t, config.nft_beta, process)
         value = nft_loss(plus, minus, signal, nft_beta=config.nft_beta, clip=config.adv_clip_range, num_terms=num_terms)
-        drift = denoising_error(v, v_ref)  # (B,)
-        metrics = {"kl": drift.mean().detach(), "old_deviate": denoising_error(v.detach(), v_old).mean()}
+        drift = denoising_error(now.value, before.value)  # (B,)
+        metrics = {"kl": drift.mean().detach(), "old_deviate": denoising_error(now.flow.detach(), v_old).mean()}
         return Loss(TRAINED, value + config.kl_beta * drift.sum() / num_terms, metrics)

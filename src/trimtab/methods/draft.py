@@ -83,8 +83,9 @@ class DRaFT:
         return [rollout]
 
     def losses(self, rollout: Rollout) -> Iterator[Loss]:
+        num_terms = self.rollouts.mean_length(rollout)
         for part in torch.arange(len(rollout)).split(self.batch_size):
-            yield self._loss(rollout[part], len(rollout))
+            yield self._loss(rollout[part], num_terms)
 
     def after_step(self, step: int) -> dict[str, float]:
         return self.log
@@ -92,7 +93,7 @@ class DRaFT:
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, TRAINED)
 
-    def _loss(self, rollout: Rollout, num_terms: int) -> Loss:
+    def _loss(self, rollout: Rollout, num_terms: float) -> Loss:
         x = self.rollouts.again(rollout, TRAINED)
         reward, metrics = self._reward(rollout, self.pipeline.decode(x))
         value = -reward.nansum() / num_terms

@@ -65,7 +65,7 @@ class GNDMConfig(StudentConfig):
     reuse: int = Field(1, gt=0)  # updates of the student on each rollout
     importance_clip: float | None = Field(0.2, gt=0, lt=1)  # None: no weights
     weighting: Literal["gated", "fixed", "grad_norm"] = (
-        "gated"  # grad_norm: sizes matched at every update, for ablation
+        "gated"  # grad_norm: sizes matched in every forward, of what it holds, for ablation
     )
     reward_start: int = Field(0, ge=0)  # student updates without rewards: the cold start
     reward_ramp: int = Field(0, ge=0)  # updates over which rewards come in
@@ -83,9 +83,12 @@ def log_ratio(x0: Tensor, x_next: Tensor, z: Tensor, t_next: Tensor, process: Pr
 
 
 def importance_weights(log_rho: Tensor, group: Tensor, clip: float) -> Tensor:
-    """Eq. 8: omega (B,) from the summed log-ratios of the calls before the trained one; of mean one among siblings."""
-    weights = log_rho.exp().nan_to_num(1.0).clamp(1 - clip, 1 + clip)
-    return weights / groups.means(weights, group)
+    """Eq. 8: omega (B,) from the summed log-ratios of the calls before the trained one; of mean one among siblings.
+
+    One whose ratio is not finite is left out: it weighs nothing."""
+    known = log_rho.isfinite()
+    weights = log_rho.exp().clamp(1 - clip, 1 + clip).masked_fill(~known, 0)
+    return weights / groups.means(weights, group, known.to(weights)).nan_to_num(1.0)
 
 
 def score_direction(advantage: Tensor, ratio: Tensor, clip: float, z: Tensor) -> Tensor:
@@ -114,6 +117,7 @@ class Balance:
 
     config: GNDMConfig
     update: int = 0  # updates of the student so far
+    observed: int = 0  # of them those whose sizes are summed
     sizes: dict[str, float] = field(default_factory=dict)  # rms of A ("") and of each reward's gradient, summed
     misfit: float | None = None  # q
     limit: float | None = None  # q*
@@ -135,16 +139,17 @@ class Balance:
 
     def size(self, name: str = "") -> float:
         """The averaged rms of A, or of a reward's gradient."""
-        return self.sizes[name] / min(self.config.calibration, self.config.reward_start)
+        return self.sizes[name] / self.observed
 
     def observe(self, rms: dict[str, float], misfit: float) -> None:
         """Take in what an update showed: rms of A and of gradients, and mean |r| / n_g."""
         config = self.config
-        if not all(map(math.isfinite, (misfit, *rms.values()))):
-            misfit, rms = self.misfit or 0.0, {name: 0.0 for name in rms}  # the learner skips such an update, too
+        whole = all(map(math.isfinite, (misfit, *rms.values())))
+        misfit = misfit if whole else self.misfit or 0.0
         self.misfit = misfit if self.misfit is None else 0.95 * self.misfit + 0.05 * misfit
-        if self.calibrates:
+        if whole and self.calibrates:
             self.sizes = {name: self.sizes.get(name, 0.0) + value for name, value in rms.items()}
+            self.observed += 1
         if self.limit is not None and config.weighting == "gated":
             factor = math.exp(-config.gate_rate * math.copysign(1, self.misfit - self.limit))
             self.gate = min(max(self.gate * factor, 1e-4), 10.0)
@@ -153,7 +158,7 @@ class Balance:
             self.limit = self.misfit * (1 + config.gate_slack)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("update", "sizes", "misfit", "limit", "gate")}
+        return {name: getattr(self, name) for name in ("update", "observed", "sizes", "misfit", "limit", "gate")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
