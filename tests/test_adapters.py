@@ -125,3 +125,19 @@ def test_an_adapter_names_its_model_and_says_so_where_it_meets_another(tiny_fold
 def test_full_weights_name_their_model_and_not_where_it_lay(tmp_path):
     loading.load("micro", lora=None).export(tmp_path, "default")
     assert json.loads((tmp_path / "model_index.json").read_text())["_name_or_path"] == "micro"
+
+
+@pytest.mark.parametrize("file", ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"])
+def test_a_damaged_model_is_one_sentence(tiny_folder, tmp_path, file):
+    folder = shutil.copytree(tiny_folder, tmp_path / "damaged")
+    (folder / file).write_text("{")
+    with pytest.raises(UserError, match=r"damaged .*again"):
+        loading.load_for_sampling(str(folder))
+
+
+def test_a_student_whose_scheduler_is_damaged_is_refused(tiny_folder, tmp_path):
+    folder = adapter(tmp_path, {f"{TO_Q}.lora_A.weight": (4, 32), f"{TO_Q}.lora_B.weight": (32, 4)})
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"scheduler_config\.json cannot be read"):
+        loading.check_adapters([folder], str(tiny_folder))

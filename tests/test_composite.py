@@ -2,6 +2,7 @@
 
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.errors import UserError
-from trimtab.rewards.composite import Composite, RewardFailed
+from trimtab.rewards.composite import AT_ONCE, Composite, RewardFailed
 
 NAN, INF = float("nan"), float("inf")
 BAD = ValueError("bad image")
@@ -172,3 +173,45 @@ def test_the_order_of_the_images_changes_no_image_score(order, scores):
 
     straight = total(list(range(6)))
     assert total(list(order)) == [straight[i] for i in order]
+
+
+def counting(reward, seen):
+    """The same, which notes how many images it is asked about."""
+
+    def asked(images, prompts, metadata):
+        seen.append(len(images))
+        return reward(images, prompts, metadata)
+
+    return asked
+
+
+def test_a_reward_is_asked_about_some_images_at_a_time_and_one_by_one_only_where_it_fails():
+    seen, number = [], 2 * AT_ONCE + 2
+    scores = tuple(float(i) for i in range(number))
+    reward = counting(raising(AT_ONCE + 3, scores=scores), seen)
+    scored = score({"a": (reward, 1.0)}, group=(0,) * number)
+    assert seen == [AT_ONCE, AT_ONCE, *[1] * AT_ONCE, 2]
+    assert listed(scored.total) == [None if i == AT_ONCE + 3 else i for i in range(number)]
+
+
+def test_what_a_failed_call_made_is_gone_when_images_are_asked_about_one_by_one():
+    made, alive = [], []
+
+    def hungry(images, prompts, metadata):
+        alive.append(any(reference() is not None for reference in made))
+        own = torch.zeros(3)
+        made.append(weakref.ref(own))
+        if len(images) > 1:
+            raise ValueError("out of memory")
+        return own[:1].clone()
+
+    score({"a": (hungry, 1.0)})
+    assert alive == [False] * 5
+
+
+def test_a_reward_that_exits_fails_like_any_other_and_is_described_in_one_line():
+    with pytest.raises(RewardFailed, match="SystemExit: 3"):
+        score({"a": (raising(0, 1, 2, 3, error=SystemExit(3)), 1.0)})
+    with pytest.raises(RewardFailed) as caught:
+        score({"a": (raising(0, 1, 2, 3, error=ValueError("first\nsecond")), 1.0)})
+    assert "ValueError: first second (" in str(caught.value)

@@ -224,3 +224,16 @@ def test_an_object_with_a_gradient_keeps_it(tmp_path):
     assert reward(images.detach(), ["a", "b"], [{}, {}]).tolist() == pytest.approx(scores.tolist())
     with pytest.raises(UserError, match="depends on the pictures"):
         load(f"{tmp_path}/smooth.py:dark").with_gradient(images, ["a", "b"], [{}, {}])
+
+
+def test_an_object_with_a_gradient_that_applies_to_none_of_the_prompts_may_say_so_without(tmp_path):
+    (tmp_path / "smooth.py").write_text(
+        SMOOTH + "light.with_gradient = lambda images, **_: images[:, 0, 0, 0] * 0 + float('nan')\n"
+    )
+    reward = load(f"{tmp_path}/smooth.py:light")
+    assert reward.with_gradient(torch.rand(2, 3, 4, 4), ["a", "b"], [{}, {}]).isnan().all()
+
+
+def test_a_file_that_exits_while_it_is_imported_is_named(reward):
+    with pytest.raises(UserError, match=r"importing .* failed \(SystemExit: 7\)"):
+        reward("import sys\nsys.exit(7)\n")

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from trimtab.learner import Learner, _buckets
+from trimtab.learner import Learner, _buckets, accelerator
 from trimtab.method import Loss
 from trimtab.optimizer import OptimizerConfig, lr_factor
 
@@ -319,3 +319,22 @@ def test_gradients_go_over_the_wire_in_buckets_of_one_type(monkeypatch):
     sizes, types = (4, 7, 3, 9, 30), (torch.float32,) * 3 + (torch.bfloat16,) * 2
     parameters = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in zip(sizes, types, strict=True)]
     assert [[p.numel() for p in bucket] for bucket in _buckets(parameters)] == [[4, 7], [3], [9, 30]]
+
+
+def test_a_step_without_a_term_is_no_update_and_is_told_once(caplog):
+    trainer = learner(lambda networks, batch: [])
+    before = weights(trainer, "a")
+    assert [record.metrics["updates"] for record in trainer.run()] == [0, 0, 0]
+    assert not trainer.moved
+    assert torch.equal(weights(trainer, "a"), before)
+    assert len([text for text in caplog.messages if "nothing to learn from" in text]) == 1
+
+
+def test_nothing_but_the_processes_is_taken_from_the_users_accelerate_config(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    found = accelerator()
+    settings = found.gradient_accumulation_steps, found.mixed_precision, found.scaler
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert settings == (1, "no", None)

@@ -24,6 +24,7 @@ from trimtab import checkpoint, run, wiring
 from trimtab.cli import main
 from trimtab.learner import Learner
 from trimtab.rewards.composite import Composite
+from trimtab.rollout import Rollouts
 
 REWARD = """
 def brightness(images, prompts, metadata):
@@ -605,6 +606,45 @@ def test_pairs_are_what_the_run_saw_and_train_offline(recipe, cli):
     path = recipe(name="again", method=offline, rewards={}, data={"pairs": "pairs1/pairs.jsonl"}, rollout=rollout)
     assert cli("train", path)[0] == 0
     assert len(metrics("runs/again")) == STEPS
+
+
+def test_pairs_are_ranked_as_the_run_ranks_which_counts_several_rewards_in_units_of_siblings(recipe, cli):
+    rewards = {"reward.py:brightness": 1.0, "reward.py:weighted": -1e-3}
+    path = recipe(
+        **METHODS["drpo"], rewards=rewards, data={"prompts": "prompts.jsonl"}, training={"max_train_steps": 1}
+    )
+    assert cli("train", path)[0] == 0
+    assert cli("pairs", "runs/mine", "--step", 0, "--num-pairs", 2)[0] == 0
+    lines = [json.loads(line) for line in Path("runs/mine/pairs/pairs.jsonl").read_text().splitlines()]
+    scores = [line["chosen_scores"] + line["rejected_scores"] for line in lines]
+    assert all(sum(each) == pytest.approx(0, abs=1e-4) and max(each) > 0.3 for each in scores)
+
+
+def test_a_run_that_breaks_between_updates_keeps_what_it_has(recipe, cli, monkeypatch):
+    draw = Rollouts.draw
+
+    def broken(self, prompts, step, *rest, **how):
+        if step == 2:
+            raise MemoryError("out of memory")
+        return draw(self, prompts, step, *rest, **how)
+
+    path = recipe(training={"checkpointing_steps": 100})
+    monkeypatch.setattr(Rollouts, "draw", broken)
+    with pytest.raises(MemoryError):
+        cli("train", path)
+    assert checkpoint.latest(Path("runs/mine")).name == "checkpoint-2"
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(recipe, cli):
+    assert cli("train", recipe(training={"max_train_steps": 1}))[0] == 0
+    files = [*Path("runs/mine/export").iterdir(), *Path("runs/mine/checkpoint-1").iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~_umask()}
+
+
+def _umask():
+    now = os.umask(0)
+    os.umask(now)
+    return now
 
 
 @pytest.mark.parametrize(

@@ -296,3 +296,17 @@ def test_all_copies_of_a_fully_trained_network_count_tokens_alike(tiny_folder, t
     assert condition.weight.max() == 256
     first, *others = (face.predict(*point, condition, role).value for role in ("default", "old", "ref"))
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_prompts_are_remembered_up_to_a_limit(tiny, monkeypatch):
+    face, texts = tiny(), [f"a picture of {i}" for i in range(6)]
+    one = face.encode(texts[:1]).tokens.nbytes
+    monkeypatch.setattr("trimtab.pipelines.face.REMEMBERED", 3 * one)
+    asked, embed = [], face.embed
+    monkeypatch.setattr(face, "embed", lambda texts: asked.append(*texts) or embed(texts))
+    whole = face.encode(texts)
+    assert len(face._memory) == 3
+    asked.clear()
+    again = face.encode(texts[::-1])
+    assert asked == texts[2::-1]
+    assert torch.equal(again.tokens, whole.tokens.flip(0))

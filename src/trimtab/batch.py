@@ -37,6 +37,11 @@ class Condition:
     def __getitem__(self, items: Tensor | slice) -> Self:
         return replace(self, tokens=self.tokens[items], pooled=None if self.pooled is None else self.pooled[items])
 
+    def to(self, device: torch.device | str) -> Self:
+        """The same prompts elsewhere."""
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return replace(self, tokens=self.tokens.to(device), pooled=pooled)
+
     def expand(self, size: int) -> Self:
         """One prompt for `size` samples, without copying."""
         pooled = None if self.pooled is None else self.pooled.expand(size, -1)

@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from trimtab.errors import UserError
+from trimtab.learner import accelerator
 from trimtab.pipelines import Pipeline
 from trimtab.recipe import RunConfig
 from trimtab.wiring import PRETRAIN, TRAINED, Display, Run, build, check
@@ -28,7 +28,7 @@ def bench(config: RunConfig, display: Display, num_steps: int) -> list[tuple[str
         config = config.model_copy(update={"method": config.method.model_copy(update={"fake_warmup": 0})})
     inputs = check(config)
     with TemporaryDirectory() as folder:
-        run = build(config, Path(folder) / "run", Accelerator(cpu=not torch.cuda.is_available()), inputs, display)
+        run = build(config, Path(folder) / "run", accelerator(), inputs, display)
         forward, both = _network_rates(run.pipeline, config.training.train_batch_size)
         spent = _time_calls(run.pipeline)
         totals = _totals(run, num_steps, spent)

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from trimtab.errors import UserError
-from trimtab.files import atomic_write, to_disk
+from trimtab.files import as_umask, atomic_write, to_disk
 
 _TENSORS, _TREE = "state.safetensors", "state.json"
 _FORMAT = 1
@@ -125,7 +125,7 @@ def _discard(folder: Path) -> None:
 
 def _write(folder: Path, tree: Any, tensors: dict[str, torch.Tensor]) -> None:
     safetensors.torch.save_file(_apart(tensors), folder / _TENSORS)
-    os.chmod(folder / _TENSORS, folder.stat().st_mode & 0o666)  # safetensors lets only the owner read; we as umask says
+    as_umask(folder / _TENSORS)
     to_disk(folder / _TENSORS)
     digests = {"state": _digest_of_tree(tree), _TENSORS: _digest_of_file(folder / _TENSORS)}
     atomic_write(folder / _TREE, json.dumps({"format": _FORMAT, "sha256": digests, "state": tree}, allow_nan=False))

@@ -39,6 +39,11 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def as_umask(file: Path) -> None:
+    """Let those read a file who may read its folder: safetensors lets only the owner."""
+    os.chmod(file, file.parent.stat().st_mode & 0o666)
+
+
 def check_folder(path: str | Path) -> None:
     """UserError unless `path` is a folder that can be written to, or can be made; before the work that fills it."""
     path = Path(path).absolute()

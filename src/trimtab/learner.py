@@ -13,11 +13,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from trimtab.method import Method
@@ -36,6 +38,17 @@ class Record:
     metrics: dict[str, float]
 
 
+def accelerator() -> Accelerator:
+    """The processes that `accelerate launch` started, and nothing else of the user's `accelerate config`: precision and
+    accumulation are the recipe's. One process may evaluate for hours while the others wait."""
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+    )
+
+
 class Learner:
     """Runs a method for `num_steps` steps. Every process must start from the same weights."""
 
@@ -43,6 +56,7 @@ class Learner:
         self.method, self.accelerator, self.config, self.num_steps = method, accelerator, config, num_steps
         self.step = self.updates = 0
         self.moved = False  # whether anything has been updated since the last whole step
+        self.idle = False  # whether there has been a step that had nothing to learn from
         self.parameters = {name: _learning(name, weights) for name, weights in method.trained().items()}
         self.optimizers = {
             name: accelerator.prepare_optimizer(adamw(config, parameters.values()))
@@ -58,6 +72,9 @@ class Learner:
                 self._update(batch, log)
             log |= {name: [value] for name, value in self.method.after_step(self.step).items()}
             self.step += 1
+            if not self.moved and not self.idle:
+                logger.warning("step %d: nothing to learn from, so no weight moved; later ones are not told", self.step)
+            self.idle |= not self.moved
             self.moved = False
             yield Record(self.step, self._summary(log, time.perf_counter() - started))
 
@@ -94,12 +111,13 @@ class Learner:
             totals[loss.network] = totals.get(loss.network, 0) + loss.value.detach()
             for name, value in loss.metrics.items():
                 log[name].append(value)
-        for name in self.parameters:
-            total = self._agreed(name, totals.get(name))
+        agreed = {name: self._agreed(name, totals.get(name)) for name in self.parameters}
+        for name, total in agreed.items():
             if total is not None:
                 self._move(name, total, log)
-        self.updates += 1
-        self.moved = True
+        moved = any(total is not None for total in agreed.values())
+        self.updates += moved
+        self.moved |= moved
 
     def _agreed(self, network: str, total: Tensor | None) -> Tensor | None:
         """The mean of the processes' losses, their gradients averaged, too; None if no process has a term."""

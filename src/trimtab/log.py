@@ -18,7 +18,7 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int):
         self.path, self.started = folder / "metrics.jsonl", time.perf_counter()
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if _step(line) <= step]
         atomic_write(self.path, "".join(f"{line}\n" for line in kept))
         steps = [line for line in map(json.loads, kept) if "elapsed_seconds" in line]
         last = steps[-1] if steps else {}
@@ -39,6 +39,14 @@ class MetricsLog:
 
     def close(self) -> None:
         self.board.close()
+
+
+def _step(line: str) -> float:
+    """The step that a line is of; one that was torn by a kill, or is no line of ours, is of none."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
 
 
 def append(path: Path, step: int, metrics: Mapping[str, float]) -> None:

@@ -8,14 +8,12 @@ drawn next. Several processes draw other batches, whose last bits differ; of a b
 import json
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
 from trimtab import checkpoint, evaluate
-from trimtab.candidates import best_and_worst
+from trimtab.candidates import best_and_worst, in_units_of_siblings
 from trimtab.config import load_yaml, validate
 from trimtab.errors import UserError
 from trimtab.files import atomic_write, check_folder
+from trimtab.learner import accelerator
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
 from trimtab.run import ABOUT
@@ -39,7 +37,7 @@ def write_pairs(
     output = output or folder / "pairs"
     check_folder(output)
     inputs = check(config)
-    run = build(config, folder, Accelerator(cpu=not torch.cuda.is_available()), inputs, display)
+    run = build(config, folder, accelerator(), inputs, display)
     if saved is not None:
         run.learner.load_state(checkpoint.load(saved))
     lines: list[dict] = []
@@ -78,7 +76,9 @@ def _ranked(run: Run, step: int, num_pairs: int, output: Path) -> list[dict]:
     rollouts: Rollouts = run.method.rollouts
     prompts = rollouts.prompts_of(step)
     drawn, images = rollouts.draw(prompts, step, run.sampler)
-    scores = rollouts.scores(drawn, images).total
+    scored = rollouts.scores(drawn, images)
+    by_rank = run.config.method.name in ONE_STEP  # which several rewards enter in units of siblings
+    scores = in_units_of_siblings(scored, run.rewards, drawn.group) if by_rank else scored.total
     known = scores.isfinite().nonzero().squeeze(1)
     best, worst = best_and_worst(scores[known], drawn.group[known], num_pairs, num_pairs)
     lines = []

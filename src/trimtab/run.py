@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 
 from trimtab import checkpoint, evaluate
 from trimtab.config import dump, find_recipe, load_yaml, override, validate
 from trimtab.errors import RunStopped, UserError
-from trimtab.files import atomic_write, lock
-from trimtab.learner import Record
+from trimtab.files import as_umask, atomic_write, lock
+from trimtab.learner import Record, accelerator
 from trimtab.log import MetricsLog, append
 from trimtab.recipe import RunConfig
 from trimtab.report import write_report
@@ -46,14 +45,14 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
     that does not exist starts. UserError before weights load for what can be known then; RunStopped for what can't."""
     folder = Path(config.output_dir) / config.name
     inputs = check(config)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    processes = accelerator()
     with ExitStack() as held:
-        if accelerator.is_main_process:
+        if processes.is_main_process:
             held.enter_context(lock(folder))
             _check_folder(config, folder, resume)
-        accelerator.wait_for_everyone()
+        processes.wait_for_everyone()
         saved = checkpoint.latest(folder) if resume else None
-        run = build(config, folder, accelerator, inputs, display)
+        run = build(config, folder, processes, inputs, display)
         _describe(run, command)
         if saved is not None:
             run.learner.load_state(checkpoint.load(saved))
@@ -135,6 +134,10 @@ def _learn(run: Run) -> None:
             _save(run)
             cause += f"; the run is saved at step {run.learner.step}"
         raise RunStopped(f"{cause}, mend this and --resume.") from error
+    except Exception:
+        if not run.learner.moved:
+            _save(run)
+        raise
     finally:
         if log is not None:
             log.close()
@@ -151,6 +154,8 @@ def _finish(run: Run) -> None:
     if not run.writes:
         return
     run.method.export(run.folder / "export")
+    for file in (run.folder / "export").rglob("*.safetensors"):
+        as_umask(file)
     if run.pipeline is None:
         return
     if run.config.evaluation.suite is not None:

@@ -42,6 +42,7 @@ def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
             else:
                 _check_lora(file, network, model, name)
                 loras.append(file)
+            _check_scheduler(file.parent / "scheduler")
             base = _base(file)
             if base not in (None, model):
                 logger.warning("adapter %r was trained on %r and is put on %r", name, base, model)
@@ -88,6 +89,16 @@ def _check_lora(file: Path, network: nn.Module, model: str, name: str) -> None:
                 f"adapter {name!r} belongs to another model than {model!r}: it changes {module}, which {found}; "
                 "give the model that it was trained on."
             )
+
+
+def _check_scheduler(folder: Path) -> None:
+    """UserError where a student's own scheduler is there and cannot be read."""
+    file = folder / "scheduler_config.json"
+    if folder.is_dir():
+        try:
+            json.loads(file.read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{file} cannot be read ({error}); it is damaged, export it again.") from error
 
 
 def _base(file: Path) -> str | None:

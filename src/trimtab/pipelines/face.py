@@ -24,6 +24,8 @@ from trimtab.solvers import guided
 
 PIXELS_AT_ONCE = {"cpu": 2**16}  # decoded; what then stays in the caches: twice as fast as 128 pictures at once
 
+REMEMBERED = 2**32  # bytes of embedded prompts that are kept
+
 
 class Face:
     """A pipeline with roles over its network; everything else in it is frozen. Satisfies `Pipeline`."""
@@ -100,10 +102,8 @@ class Face:
     def encode(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts; each distinct prompt is encoded once, and alone: in a batch its last bits would
         depend on what happened to be new beside it, and a resumed run would not be the run that was not killed."""
-        for text in dict.fromkeys(texts):
-            if text not in self._memory:
-                self._memory[text] = self.embed([text])
-        return joined([self._memory[text] for text in texts])
+        found = {text: self._embedded(text) for text in dict.fromkeys(texts)}
+        return joined([found[text] for text in texts])
 
     def predict(
         self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0
@@ -163,6 +163,16 @@ class Face:
         self.pipe.save_lora_weights(folder, **layers)
         save_file({f"base_model.model.{name}": t for name, t in state.items()}, folder / "adapter_model.safetensors")
         config.save_pretrained(folder)
+
+    def _embedded(self, text: str) -> Condition:
+        """One prompt's condition. The last ones are remembered, away from the accelerator, which they would fill."""
+        if text not in self._memory:
+            found = self.embed([text])
+            self._memory[text] = found.to("cpu")
+            if len(self._memory) * found.tokens.nbytes > REMEMBERED:
+                del self._memory[next(iter(self._memory))]
+            return found
+        return self._memory[text].to(self.device)
 
     def _forward(self, role: str, x_t: Tensor, t: Tensor, condition: Condition, *extra: Any) -> Tensor:
         with self._autocast():

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline, unet
@@ -183,7 +184,14 @@ def _stock(
     path = resolve(model)
     face = FACES[_index(path, model)["_class_name"]]
     dtypes = {"default": precision, face.NETWORK: torch.float32 if merged else network_dtype, "vae": torch.float32}
-    pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes, **_students_own(model, dtypes[face.NETWORK]))
+    try:
+        pipe = face.PIPELINE.from_pretrained(path, dtype=dtypes, **_students_own(model, dtypes[face.NETWORK]))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # what diffusers and transformers raise by turns
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model {model!r} cannot be loaded ({type(error).__name__}: {cause}); it is damaged or not whole, fetch or "
+            "export it again."
+        ) from error
     pipe.register_to_config(_name_or_path=model)  # what exports call their base, not where it lies on this machine
     pipe.vae.to(memory_format=torch.channels_last)  # its convolutions are faster so
     merge(pipe, merged)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE = 64  # images that a reward is asked about in one call
+
 
 class RewardFailed(RunStopped):
     """A reward raised for every image of a batch: nothing is left to learn from, so save and stop."""
@@ -92,7 +94,7 @@ def with_gradient(reward: Any, images: Tensor, prompts: list[str], metadata: lis
         return reward.with_gradient(images, prompts, metadata)
     except UserError:
         raise
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         raise RewardFailed(f"a reward failed where its gradient was asked for: {_described(error)}") from error
 
 
@@ -105,36 +107,46 @@ def _scores(
     name: str, reward: "Reward", images: Tensor, prompts: list[str], metadata: list[dict]
 ) -> tuple[Tensor, Tensor]:
     """A reward's scores (B,) and which images it raised for (B,), asked one by one if the batch as a whole fails."""
-    num_images = len(images)
-    results = [_attempt(reward, images, prompts, metadata)]
-    if isinstance(results[0], Exception):
-        results = [_attempt(reward, images[i : i + 1], [prompts[i]], [metadata[i]]) for i in range(num_images)]
-    errors = [result for result in results if isinstance(result, Exception)]
-    if errors:
-        first = _described(errors[0])
-        if len(errors) == num_images:
-            raise RewardFailed(f"reward {name!r} failed for all {num_images} images: {first}") from errors[0]
-        logger.warning("reward %r failed for %d of %d images: %s", name, len(errors), num_images, first)
-    expected = (num_images // len(results),)  # all at once, or one at a time
-    parts = [torch.full(expected, torch.nan) if isinstance(result, Exception) else result for result in results]
-    for part in parts:
-        if not isinstance(part, Tensor) or part.shape != expected:
-            found = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            raise ValueError(f"reward {name!r} returned {found}; expected a tensor of shape {expected}")
-    crashed = torch.tensor([isinstance(result, Exception) for result in results]).expand(num_images)
-    return torch.cat([part.detach().to("cpu", torch.float32) for part in parts]), crashed
+    found, errors = [], []
+    for start in range(0, len(images), AT_ONCE):
+        part = range(start, min(start + AT_ONCE, len(images)))
+        results = [_attempt(name, reward, images, prompts, metadata, part)]
+        if isinstance(results[0], BaseException):
+            del results[0]  # it keeps alive all that its call has made, which may be why it failed
+            results = [_attempt(name, reward, images, prompts, metadata, range(i, i + 1)) for i in part]
+        for result in results:
+            failed = isinstance(result, BaseException)
+            found.append(torch.full((1,), torch.nan) if failed else result)
+            errors += [result if failed else None] * len(found[-1])
+    crashed = torch.tensor([error is not None for error in errors])
+    if crashed.any():
+        first = next(error for error in errors if error is not None)
+        if crashed.all():
+            raise RewardFailed(f"reward {name!r} failed for all {len(images)} images: {_described(first)}") from first
+        number = int(crashed.sum())
+        logger.warning("reward %r failed for %d of %d images: %s", name, number, len(images), _described(first))
+    return torch.cat(found), crashed
 
 
-def _attempt(reward: "Reward", images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor | Exception:
+def _attempt(
+    name: str, reward: "Reward", images: Tensor, prompts: list[str], metadata: list[dict], part: range
+) -> Tensor | BaseException:
+    """The scores of a part of the images (B,), float32 on the CPU, or what went wrong."""
+    rows = slice(part.start, part.stop)
     try:
-        return reward(images, prompts, metadata)
+        scores = reward(images[rows], prompts[rows], metadata[rows])
     except UserError:
         raise  # says what to correct; asking image by image would only hide it
-    except Exception as error:  # a user's function may raise anything; one bad image must not end a long run
+    except (Exception, SystemExit) as error:  # a user's function may raise anything; one bad image must not end a run
         return error
+    if not isinstance(scores, Tensor) or scores.shape != (len(part),):
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"reward {name!r} returned {found}; expected a tensor of shape {(len(part),)}")
+    return scores.detach().to("cpu", torch.float32)
 
 
-def _described(error: Exception) -> str:
-    """The exception's last line and the place that raised it."""
+def _described(error: BaseException) -> str:
+    """The exception in one line, and the place that raised it."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{traceback.format_exception_only(error)[-1].strip()} ({place.filename}, line {place.lineno})"
+    text = " ".join(traceback.format_exception_only(error)[-1].split())
+    return f"{text} ({place.filename}, line {place.lineno})"

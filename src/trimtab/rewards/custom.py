@@ -71,7 +71,8 @@ class SmoothFunction(BatchFunction):
 
     def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         scores = self.function.with_gradient(images=images, prompts=prompts, metadata=metadata)
-        if not isinstance(scores, Tensor) or scores.shape != images.shape[:1] or not scores.requires_grad:
+        applies = not isinstance(scores, Tensor) or bool(scores.isfinite().any())  # to none of the prompts, else
+        if not isinstance(scores, Tensor) or scores.shape != images.shape[:1] or applies > scores.requires_grad:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(
                 f"reward {self.reference!r} returned {found} from with_gradient; return a tensor ({len(images)},) that "
@@ -113,7 +114,7 @@ def _module(source: str, is_file: bool, reference: str) -> ModuleType:
         raise UserError(f"reward {reference!r}: there is no file {path}; give a path relative to {Path.cwd()}.")
     try:
         return _executed(path) if is_file else importlib.import_module(source)
-    except Exception as error:  # the user's own code: anything may go wrong in it
+    except (Exception, SystemExit) as error:  # the user's own code: anything may go wrong in it
         raise UserError(
             f"reward {reference!r}: importing {source} failed ({type(error).__name__}: {error})."
         ) from error
