@@ -130,3 +130,12 @@ def test_a_turbos_one_call_is_that_of_the_stock_pipeline(request, tmp_path, fami
         unscaled = ode(lambda x, t: face.predict(x, t, condition, "default"), noise, times)
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert (unscaled - theirs).abs().max() > 5e-4 * theirs.abs().max()  # Euler's 0.9977 of unit noise is not nothing
+
+
+@pytest.mark.parametrize("name", ["tiny_sd_folder", "tiny_sdxl_folder"])
+def test_before_the_first_row_the_network_is_told_the_first(request, build_face, name):
+    face = build_face(request.getfixturevalue(name))
+    x_t, condition = torch.randn(1, *face.latent_shape(face.resolution)), face.encode(["a cat"])
+    with torch.no_grad():
+        early, first = (face.predict(x_t, torch.tensor(t), condition, "default").value for t in (0.0004, 0.001))
+    assert torch.equal(early, first)

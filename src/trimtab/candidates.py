@@ -283,7 +283,11 @@ class Offline:
         latents = [x for _, x in found] or [
             torch.empty(0, *self.rollouts.pipeline.latent_shape(self.rollouts.resolution))
         ]
-        return Anchors(torch.cat(latents).to(self.rollouts.pipeline.device), torch.tensor([g for g, _ in found]), None)
+        return Anchors(
+            torch.cat(latents).to(self.rollouts.pipeline.device),
+            torch.tensor([g for g, _ in found], dtype=torch.int64),
+            None,
+        )
 
     def _latents(self, number: int) -> Tensor | None:
         """Of one picture (1, C, h, w), on the CPU."""

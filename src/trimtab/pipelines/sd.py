@@ -49,7 +49,7 @@ class SD(Face):
         return self.roles(
             role,
             sample=x_t,
-            timestep=self.process.timestep(t),
+            timestep=self.process.timestep(t).clamp_min(0),  # what lies before the table's first row
             encoder_hidden_states=condition.tokens,
             return_dict=False,
         )[0]

@@ -58,7 +58,7 @@ class SDXL(Face):
         return self.roles(
             role,
             sample=x_t,
-            timestep=self.process.timestep(t),
+            timestep=self.process.timestep(t).clamp_min(0),  # what lies before the table's first row
             encoder_hidden_states=condition.tokens,
             added_cond_kwargs={"text_embeds": condition.pooled, "time_ids": self._sizes(x_t)},
             return_dict=False,
