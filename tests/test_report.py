@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from trimtab import report
 from trimtab.errors import UserError
 from trimtab.metrics import Interval
 from trimtab.report import curves, hacking, pictures, words, write_report
@@ -67,8 +68,10 @@ def interval(mean, half=0.05):
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def write_evaluation(run, label, strict, recognizer=None, with_images=True, half=0.05, **changes):
-    """strict: {tag: [verdict of each prompt]}, one image each; seeds and prompts agree between labels."""
+def write_evaluation(run, label, strict, recognizer=None, with_images=True, half=0.05, setting=None, **changes):
+    """strict: {tag: [verdict of each prompt]}, one image each; seeds and prompts agree between labels.
+
+    `setting` is what results.json says of the sampling; by default nothing."""
     folder = run / "evaluation" / label
     folder.mkdir(parents=True)
     rows, index = [], 0
@@ -91,7 +94,24 @@ def write_evaluation(run, label, strict, recognizer=None, with_images=True, half
     statistics = {"brightness": 0.5 if label == "base" else 0.2, "saturation": 0.4}
     results = {"scores": scores, "image_statistics": statistics, "diversity": 8.0, "frechet_distance": 12.5}
     results |= {"precision_recall": {"precision": 0.8, "recall": 0.6}, "versions": {"torch": "2.13.0"}}
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results | (setting or {})))
+
+
+def change_results(run, label, **changes):
+    """Overwrites keys of an evaluation's results.json."""
+    file = run / "evaluation" / label / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def sampled(num_inference_steps, guidance_scale, few_step=False, resolution=None, precision="no"):
+    """What `evaluate` writes of how its pictures were made."""
+    return {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "few_step": few_step,
+        "resolution": resolution,
+        "precision": precision,
+    }
 
 
 def write_samples(run, steps=(0, 50, 100)):
@@ -222,6 +242,19 @@ def test_the_page_goes_where_it_is_asked_to(tmp_path):
     assert write_report(run) == run / "report.html"
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("", "is a folder; give --output the name of a file, such as .*report.html"),
+        ("config.yaml/page.html", "cannot be made below .*config.yaml, which is a file; give --output another name"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_page_is_made(run, output, said, monkeypatch):
+    monkeypatch.setattr(report, "_page", lambda *_: pytest.fail("the page was made first"))
+    with pytest.raises(UserError, match=said):
+        write_report(run, run / output)
+
+
 # Parts that are missing
 
 PARTS = {
@@ -277,6 +310,7 @@ def test_folders_with_nothing_to_report_are_refused(tmp_path):
         ("metrics.jsonl", '{"step": 1}\n[2]\n', "line 2, holds a list"),
         ("metrics.jsonl", '{"step": 1}\n{"kl": 2}\n', "line 2, has no whole number as 'step'"),
         ("evaluation/base/results.json", "{}", "no 'scores'"),
+        ("evaluation/base/results.json", '{"scores": [1]}', "no 'scores'"),
         ("evaluation/base/images.jsonl", '{"prompt": "a"}\n', "line 1, does not describe an image"),
     ],
 )
@@ -284,6 +318,15 @@ def test_files_that_cannot_be_read_are_named_with_their_line(file, text, said, t
     write_evaluation(tmp_path, "base", {"one": [1.0]})
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=said) as caught:
+        write_report(tmp_path)
+    assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "evaluation/base/images.jsonl"])
+def test_text_that_is_not_utf8_is_refused(file, tmp_path):
+    write_evaluation(tmp_path, "base", {"one": [1.0]})
+    (tmp_path / file).write_bytes("name: Käse\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"is not UTF-8 text .*; restore it") as caught:
         write_report(tmp_path)
     assert file in str(caught.value)
 
@@ -375,6 +418,30 @@ def test_one_evaluated_model_is_compared_with_nothing(tmp_path):
     )
 
 
+def test_an_evaluation_that_scored_nothing_still_shows_its_pictures(tmp_path):
+    two_models(tmp_path, {"all": [0.0] * 14}, {"all": [0.0] * 14})
+    for label in ("base", "trained"):
+        change_results(tmp_path, label, scores={})
+    assert sentence(read_run(tmp_path)).startswith("Not judged: nothing was scored")
+    page = page_of(tmp_path)
+    assert page.headings() == ["Same prompt, same seed", "Drift watch", "How to get this again"]
+    assert len(page.all("img")) == 12 * 2
+    assert "Of 14 images 14 not scored. Shown are" in page.text
+    assert "wrong" not in page.text
+    (tmp_path / "config.yaml").write_text(RECIPE)
+    card = ModelCard.load(write_card(tmp_path)).text
+    assert "nothing was scored" in card
+    assert "| overall |" not in card
+    assert "| brightness |" in card
+
+
+def test_one_of_two_models_without_scores_leaves_the_change_open(tmp_path):
+    two_models(tmp_path, verdicts(3), verdicts(3))
+    change_results(tmp_path, "base", scores={})
+    assert f"went from {DASH} (base) to 0.15 (trained)" in sentence(read_run(tmp_path))
+    assert "Before and after" in page_of(tmp_path).headings()
+
+
 def test_models_stand_in_their_order_whatever_their_names(tmp_path):
     for label in ("zeta", "trained", "alpha", "base-guided", "base"):
         write_evaluation(tmp_path, label, verdicts(3))
@@ -447,6 +514,22 @@ def test_a_lost_picture_is_said_to_be_lost(tmp_path):
     page = page_of(tmp_path)
     assert page.text.count("picture file is missing") == 1
     assert len(page.all("img")) == 3
+
+
+def test_a_damaged_picture_is_said_to_be_lost(tmp_path):
+    # Cut off in the middle, no picture at all, and a chunk whose name was overwritten: Pillow answers each in its way.
+    noisy = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noisy).save(file, "PNG")
+    whole = file.getvalue()
+    overwritten = whole.replace(b"IDAT", b"\xff\x00\x01\x02", 1)
+    two_models(tmp_path, {"one": [0.0] * 4}, {"one": [1.0] * 4})
+    for index, damaged in enumerate((whole[:900], b"lost", overwritten, b"")):
+        path = tmp_path / f"evaluation/trained/images/{index:05d}/samples/0000.png"
+        path.write_bytes(damaged)
+    page = page_of(tmp_path)
+    assert page.text.count("picture file is missing or damaged") == 4
+    assert len(page.all("img")) == 4
 
 
 def test_the_strip_shows_first_middle_and_last_step(tmp_path):

@@ -76,7 +76,7 @@ class RunFolder:
 
     @property
     def headline(self) -> str:
-        """The score that the verdict is about; '' without an evaluation."""
+        """The score that the verdict is about; '' where nothing was scored."""
         return next(iter(self.scores), "")
 
     def names(self, family: str) -> list[str]:
@@ -117,7 +117,12 @@ def to_float(value: Any) -> float:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); restore it from the run or remove it.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions or remove it.") from error
 
 
 def _config(path: Path, text: str) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def _evaluations(folder: Path) -> dict[str, Evaluation]:
 
 def _evaluation(folder: Path) -> Evaluation:
     results = _json(_text(folder / "results.json"), str(folder / "results.json"))
-    if not isinstance(results.get("scores"), dict) or not results["scores"]:
+    if not isinstance(results.get("scores"), dict):  # an empty one is fine: nothing could be scored
         raise UserError(f"{folder / 'results.json'} has no 'scores'; run `trimtab evaluate` again to write it.")
     cases = [_case(row, folder, results["scores"], where) for where, row in _rows(folder / "images.jsonl")]
     return Evaluation(folder.name, results, {case.key: case for case in cases})

@@ -28,7 +28,9 @@ class Row:
 
 
 def score_rows(run: RunFolder) -> list[Row]:
-    """Headline score per tag, then overall, then every other score overall; a column per model, then the change."""
+    """Headline score per tag, then overall, then every other score overall; in `columns`. Empty without scores."""
+    if not run.headline:
+        return []
     tags = dict.fromkeys(tag for each in run.evaluations.values() for tag in each.tags(run.headline))
     rows = [Row(tag.replace("_", " "), _score_cells(run, run.headline, tag)) for tag in tags]
     rows.append(Row("overall", _score_cells(run, run.headline), strong=True))

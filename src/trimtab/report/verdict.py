@@ -60,6 +60,11 @@ def sentence(run: RunFolder) -> str:
     """The one sentence below the title."""
     if run.subject is None:
         return _of_training(run)
+    if not run.headline:
+        return (
+            "Not judged: nothing was scored, neither by the suite nor by a reward;"
+            " compare the pictures, or name a reward and evaluate again."
+        )
     if run.reference is None:
         value = run.subject.overall(run.headline)
         return (
