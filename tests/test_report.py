@@ -630,6 +630,44 @@ def test_the_running_mean_keeps_lines_and_halves_no_end():
     assert np.abs(curves.running_mean(np.ones(60)) - 1).max() < 1e-12
 
 
+def test_the_distance_from_the_anchor_is_true_of_every_anchor(page):
+    caption = caption_of(page, "Distance from the anchor")
+    assert "in DiffusionNFT the starting model" in caption
+    assert "in CRD that model with guidance, so that the distance falls at first" in caption
+    assert "Distance from the starting model" not in page.text
+
+
+def test_the_band_is_over_all_images_of_a_step(tmp_path):
+    write_metrics(tmp_path / "one", training())
+    page = page_of(tmp_path / "one")
+    assert "one standard deviation over all images of a step" in caption_of(page, "Reward during training")
+    assert "among siblings" not in caption_of(page, "Reward during training")
+    # Of several rewards drpo logs the deviation of what they are worth together, which is not that of their sum.
+    write_metrics(tmp_path / "two", [row | {"rewards/clip/mean": 0.3} for row in training()])
+    assert "standard deviation" not in caption_of(page_of(tmp_path / "two"), "Reward during training")
+
+
+def test_the_two_diversities_are_told_apart(page):
+    assert "latents" in caption_of(page, "Diversity among siblings, as latents")
+    assert "diversity among siblings, as features" in page.text
+    assert not re.findall(r"[Dd]iversity among siblings(?!, as)", page.source)
+
+
+def caption_of(page, title):
+    (found,) = re.findall(rf"<h3>{title}</h3>.*?<figcaption>(.*?)</figcaption>", page.source, re.S)
+    return found
+
+
+@pytest.mark.parametrize(("num_steps", "ticks"), [(1, ["1"]), (2, ["1", "2"])])
+def test_short_runs_have_whole_steps_on_their_axes_and_something_to_see(num_steps, ticks, tmp_path):
+    write_metrics(tmp_path, training(num_steps))
+    source = page_of(tmp_path).source
+    assert re.findall(r'id="kl-xtick_\d+">.*?<text[^>]*>([^<]*)</text>', source, re.S) == ticks
+    chart = source.split('aria-label="Distance from the anchor')[1].split("</svg>")[0]
+    marked = bool(re.search(r"<use [^>]*fill: var\(--series-1\)", chart))
+    assert marked == (num_steps == 1)  # one point makes no line
+
+
 def test_compared_runs_share_the_axes_and_the_table(run, tmp_path):
     other = tmp_path / "runs" / "other"
     write_metrics(other, training(images_per_step=32))

@@ -62,7 +62,7 @@ DRIFT = {  # key in results.json -> row title
     "saturation": "saturation",
     "edge_density": "edge pixels",
     "color_entropy": "colour entropy (bits)",
-    "diversity": "diversity among siblings",
+    "diversity": "diversity among siblings, as features",
     "drift": "distance from the starting model",
     "frechet_distance": "Fréchet distance",
     "precision": "precision",
