@@ -15,7 +15,7 @@ from PIL import Image
 from trimtab import report
 from trimtab.errors import UserError
 from trimtab.metrics import Interval
-from trimtab.report import curves, hacking, pictures, words, write_report
+from trimtab.report import curves, hacking, pictures, tables, words, write_report
 from trimtab.report.card import write_card
 from trimtab.report.folder import read_run
 from trimtab.report.verdict import change, sentence
@@ -54,7 +54,7 @@ def training(num_steps=40, gold=lambda u: 0.3 + 0.2 * u, images_per_step=64):
             "seconds/rewards": 0.25,
             "seconds/forward": 2.0,
             "seconds/step": 4.0,
-            "images_per_second": 16.0,
+            "images_per_second": 16.0 if step < num_steps else 99.0,  # of the step alone
             "failed/geneval": 2 if step == 3 else 0,
         }
 
@@ -696,6 +696,45 @@ def test_drift_is_marked_only_where_the_look_moved_far(page):
     assert "◆" in rows["brightness"]
     assert "◆" not in rows["saturation"]
     assert f"The look changed by more than 25% of its start: brightness {MINUS}60%." in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "shown", "marked"),
+    [
+        ("dark_share", 4e-6, 0.005, "+0.00", False),  # 20 of 64 x 64 pixels
+        ("dark_share", 4e-6, 0.02, "+0.02", True),
+        ("dark_share", 0.0, 0.02, "+0.02", True),
+        ("dark_share", 0.02, 0.026, "+30%", False),  # relatively far, and 25 pixels
+        ("edge_density", 0.06, 0.08, "+33%", True),
+        ("saturation", 0.5, 0.3, f"{MINUS}40%", True),
+        ("color_entropy", 0.02, 0.09, "+0.07", False),
+        ("color_entropy", 4.0, 1.8, f"{MINUS}55%", True),
+        ("contrast", 0.001, 0.002, "+100%", True),  # a statistic without a known scale
+        ("contrast", 0.0, 0.0, "+0.00", False),
+    ],
+)
+def test_a_change_too_small_to_see_is_not_marked_however_small_its_start(name, before, after, shown, marked, tmp_path):
+    two_models(tmp_path, {"one": [0.0]}, {"one": [0.0]})
+    for label, value in (("base", before), ("trained", after)):
+        change_results(tmp_path, label, image_statistics={name: value})
+    run = read_run(tmp_path)
+    (cell,) = [row.cells[-1] for row in tables.drift_rows(run) if row.name == tables.DRIFT.get(name, name)]
+    assert (cell.value, cell.tone) == (shown, "flag" if marked else "")
+    assert any("The look changed" in warning for warning in tables.warnings(run)) == marked
+
+
+def test_the_head_says_how_fast_the_whole_run_was(page):
+    # 40 steps of 64 images in 160 s; the last step's own rate, 99 images/s, is not the run's
+    assert "40 steps · 2,560 training images · 3 min · 16 images/s" in page.text
+
+
+def test_one_is_counted_in_the_singular(tmp_path):
+    write_metrics(tmp_path, training(1, images_per_step=1))
+    page = page_of(tmp_path)
+    assert "1 step · 1 training image · 4 s" in page.text
+    assert "over 1 step," in page.text
+    write_evaluation(tmp_path, "base", {"one": [1.0]})
+    assert "Of 1 image 1 right." in page_of(tmp_path).text
 
 
 def test_parts_of_a_step_add_up_to_it_and_none_counts_twice(page):

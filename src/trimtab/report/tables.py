@@ -8,9 +8,16 @@ from typing import Any
 from trimtab.metrics import Interval
 from trimtab.report.folder import Evaluation, RunFolder, to_float
 from trimtab.report.verdict import UNKNOWN, Change, change
-from trimtab.report.words import ABSENT, bounds, duration, listed, number, percent, score, signed
+from trimtab.report.words import ABSENT, bounds, counted, duration, listed, number, percent, score, signed
 
 FLAG_ABOVE = 0.25  # a statistic that moves by more than this share of its starting value is marked
+SMALLEST = {  # change that is marked, whatever share of its start it is: these may start near zero
+    "brightness": 0.01,  # of the range from black to white
+    "dark_share": 0.01,  # of the pixels, 41 of 64 x 64: a quarter of the smallest circle
+    "saturation": 0.01,  # of the range from grey to pure
+    "edge_density": 0.01,  # of the pixels
+    "color_entropy": 0.1,  # bits; a hundredth of the pixels in another colour adds 0.08 to a flat picture
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def drift_rows(run: RunFolder) -> list[Row]:
         cells = [Cell(number(values.get(name, math.nan))) for values in drift.values()]
         if run.reference and run.subject:
             before, after = (drift[each.label].get(name, math.nan) for each in (run.reference, run.subject))
-            cells.append(_drift_cell(before, after, alarming=name not in QUALITY))
+            cells.append(_drift_cell(before, after, name))
         rows.append(Row(DRIFT.get(name, name.replace("_", " ")), cells))
     return rows
 
@@ -97,9 +104,15 @@ def _mean(value: Any) -> float:
     return to_float(value["mean"] if isinstance(value, dict) else value)
 
 
-def _drift_cell(before: float, after: float, alarming: bool) -> Cell:
-    moved = (after - before) / abs(before) if before else math.nan
-    return Cell(percent(moved), tone="flag" if alarming and abs(moved) > FLAG_ABOVE else "")
+def _drift_cell(before: float, after: float, name: str) -> Cell:
+    """In percent of the start, or as a difference where the start is too near to zero for that to mean anything."""
+    moved, smallest = after - before, SMALLEST.get(name, 0.0)
+    far = abs(moved) > FLAG_ABOVE * abs(before) and abs(moved) >= smallest
+    text = signed(moved) if abs(before) <= smallest else percent(moved / abs(before))
+    return Cell(text, tone="flag" if far and name not in QUALITY else "")
+
+
+RUN_COLUMNS = [Cell(name) for name in ("score", "last reward", "images", "time")]
 
 
 def run_rows(runs: Sequence[RunFolder]) -> list[Row]:
@@ -127,10 +140,10 @@ def last(run: RunFolder, key: str) -> float:
 def facts(run: RunFolder) -> list[str]:
     """The line below the title: how large the run was."""
     steps, images, seconds = (last(run, key) for key in ("step", "images", "elapsed_seconds"))
-    speed = last(run, "images_per_second")
+    speed = images / seconds if seconds else math.nan  # of the whole run, pictures and checkpoints included
     parts = [
-        (steps, f"{steps:,.0f} steps"),
-        (images, f"{images:,.0f} training images"),
+        (steps, counted(steps, "step")),
+        (images, counted(images, "training image")),
         (seconds, duration(seconds)),
         (speed, f"{speed:.3g} images/s"),
     ]

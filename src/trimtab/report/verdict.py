@@ -13,7 +13,7 @@ import torch
 
 from trimtab.metrics import Interval, bootstrap_over_tags
 from trimtab.report.folder import Evaluation, RunFolder
-from trimtab.report.words import bounds, listed, score, signed
+from trimtab.report.words import bounds, counted, listed, score, signed
 
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
 GUIDED = "base-guided"
@@ -129,6 +129,6 @@ def _of_training(run: RunFolder) -> str:
     tenth = max(1, len(reward) // 10)
     first, last = reward[:tenth].mean(), reward[-tenth:].mean()
     return (
-        f"Not evaluated: the training reward went from {score(first)} to {score(last)} over {len(reward)} steps,"
-        " which alone does not show that the pictures are better."
+        f"Not evaluated: the training reward went from {score(first)} to {score(last)}"
+        f" over {counted(len(reward), 'step')}, which alone does not show that the pictures are better."
     )
