@@ -448,6 +448,34 @@ def test_models_stand_in_their_order_whatever_their_names(tmp_path):
     assert list(read_run(tmp_path).evaluations) == ["base", "base-guided", "trained", "alpha", "zeta"]
 
 
+def test_sampling_that_differs_is_said_in_the_verdict(tmp_path):
+    student, guided = sampled(1, 1.0, few_step=True), sampled(30, 3.0)
+    write_evaluation(tmp_path / "a", "base", verdicts(6), setting=student)
+    write_evaluation(tmp_path / "a", "base-guided", verdicts(12), setting=guided)
+    write_evaluation(tmp_path / "a", "trained", verdicts(15), setting=student)
+    text = sentence(read_run(tmp_path / "a"))
+    assert "from 0.30 (base) to 0.75 (trained), a change" in text  # these two were sampled alike
+    assert text.endswith("untrained model with guidance (0.60: 30 steps, w = 3, against 1 call, w = 1).")
+    write_evaluation(tmp_path / "b", "base", verdicts(6), setting=guided)
+    write_evaluation(tmp_path / "b", "trained", verdicts(15), setting=student)
+    text = sentence(read_run(tmp_path / "b"))
+    assert "from 0.30 (base, 30 steps, w = 3) to 0.75 (trained, 1 call, w = 1), a change" in text
+
+
+def test_each_column_says_how_its_pictures_were_made(tmp_path):
+    write_evaluation(tmp_path, "base", verdicts(6), setting=sampled(30, 3.5, resolution=1024, precision="bf16"))
+    write_evaluation(tmp_path, "trained", verdicts(15), setting=sampled(4, 1.0, few_step=True))
+    (tmp_path / "config.yaml").write_text(RECIPE)
+    heads = re.findall(r"<thead>.*?</thead>", page_of(tmp_path).source)
+    assert len(heads) == 2  # scores and drift
+    for head in heads:
+        assert "base<small>30 steps, w\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}3.5, 1024 px, bf16</small></th>" in head
+        assert "trained<small>4 calls, w\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}1</small></th>" in head
+    card = ModelCard.load(write_card(tmp_path)).text
+    assert "| | base (30 steps, w = 3.5, 1024 px, bf16) | trained (4 calls, w = 1) | change |" in card
+    assert "w is the scale of guidance" in card
+
+
 # The pictures
 
 

@@ -13,9 +13,11 @@ import yaml
 
 from trimtab.errors import UserError
 from trimtab.metrics import Interval
+from trimtab.report.words import counted, number
 
 FIRST_LABELS = ("base", "base-guided", "trained")  # others follow by name
 HEADLINE = "strict"
+SETTINGS = ("num_inference_steps", "guidance_scale", "resolution")  # numbers, None where the model's own
 
 Key = tuple[int, int, int, str]  # prompt index, sibling, seed, prompt: equal keys started from the same noise
 
@@ -40,6 +42,19 @@ class Evaluation:
     label: str
     results: dict[str, Any]  # results.json as it stands
     cases: dict[Key, Case]
+
+    @property
+    def setting(self) -> str:
+        """How its pictures were made: '30 steps, w = 3', or '1 call, w = 1' of a student; '' where that is not told."""
+        told = self.results
+        calls, scale, side = (to_float(told.get(name)) for name in SETTINGS)
+        parts = [
+            (math.isfinite(calls), counted(calls, "call" if told.get("few_step") else "step")),
+            (math.isfinite(scale), f"w = {number(scale)}"),
+            (math.isfinite(side), f"{side:.0f} px"),
+            (told.get("precision", "no") != "no", f"{told.get('precision')}"),
+        ]
+        return ", ".join(text for known, text in parts if known)
 
     def overall(self, score: str) -> Interval:
         return to_interval(self.results["scores"].get(score, {}).get("overall"))
@@ -137,8 +152,8 @@ def _config(path: Path, text: str) -> dict[str, Any]:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, object) of a JSONL file. A last line without its line break is still being written: not yet."""
-    for number, line in enumerate(_text(path).split("\n")[:-1], start=1):
-        where = f"{path}, line {number},"
+    for row, line in enumerate(_text(path).split("\n")[:-1], start=1):
+        where = f"{path}, line {row},"
         yield where, _json(line, where)
 
 

@@ -23,7 +23,7 @@ SMALLEST = {  # change that is marked, whatever share of its start it is: these 
 @dataclass(frozen=True)
 class Cell:
     value: str
-    detail: str = ""  # the interval, in small print
+    detail: str = ""  # in small print: of a score its interval, of a column how its pictures were made
     tone: str = ""  # 'better', 'worse', 'flag' or nothing
 
 
@@ -32,6 +32,12 @@ class Row:
     name: str
     cells: list[Cell]
     strong: bool = False
+
+
+def columns(run: RunFolder) -> list[Cell]:
+    """The heads over scores and drift: each model, with how its pictures were made, then the change."""
+    heads = [Cell(label, each.setting) for label, each in run.evaluations.items()]
+    return [*heads, Cell("change")] if run.reference else heads
 
 
 def score_rows(run: RunFolder) -> list[Row]:
@@ -79,7 +85,7 @@ QUALITY = ("frechet_distance", "precision", "recall")  # these say what is good,
 
 
 def drift_rows(run: RunFolder) -> list[Row]:
-    """What no reward measures; a column per model, then the change from reference to subject in percent."""
+    """What no reward measures, in `columns`; the change is from reference to subject."""
     drift = {label: _drift(each) for label, each in run.evaluations.items()}
     found = {name for values in drift.values() for name in values}
     rows = []

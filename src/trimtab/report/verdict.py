@@ -102,7 +102,13 @@ def _unclear(run: RunFolder, moved: Change) -> str:
 
 def _from_to(run: RunFolder, moved: Change) -> str:
     before, after = score(moved.before.mean), score(moved.after.mean)
-    return f"from {before} ({run.reference.label}) to {after} ({run.subject.label})"
+    return f"from {before} ({_named(run.reference, run.subject)}) to {after} ({_named(run.subject, run.reference)})"
+
+
+def _named(evaluation: Evaluation, other: Evaluation) -> str:
+    """Its label, and how its pictures were made where the other's were made otherwise."""
+    setting = evaluation.setting if evaluation.setting != other.setting else ""
+    return f"{evaluation.label}, {setting}" if setting else evaluation.label
 
 
 def _by(moved: Change) -> str:
@@ -112,13 +118,14 @@ def _by(moved: Change) -> str:
 
 
 def _beside_guided(run: RunFolder) -> str:
-    """What training has to beat to be worth it: the same weights with guidance, at twice the cost per image."""
+    """What training has to beat to be worth it: the same weights with guidance, at twice the cost per step or more."""
     guided = run.evaluations.get(GUIDED)
     if guided is None or guided is run.subject or guided is run.reference:
         return ""
     moved = change(guided, run.subject, run.headline)
     where = {"better": "above", "worse": "below", "unclear": "not clearly different from"}[moved.direction]
-    return f"; that is {where} the untrained model with guidance ({score(moved.before.mean)})"
+    how = f": {guided.setting}, against {run.subject.setting}" if guided.setting and run.subject.setting else ""
+    return f"; that is {where} the untrained model with guidance ({score(moved.before.mean)}{how})"
 
 
 def _of_training(run: RunFolder) -> str:
