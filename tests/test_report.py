@@ -12,9 +12,10 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from trimtab import report
 from trimtab.errors import UserError
 from trimtab.metrics import Interval
-from trimtab.report import curves, hacking, pictures, words, write_report
+from trimtab.report import curves, hacking, pictures, tables, words, write_report
 from trimtab.report.card import write_card
 from trimtab.report.folder import read_run
 from trimtab.report.verdict import change, sentence
@@ -53,7 +54,7 @@ def training(num_steps=40, gold=lambda u: 0.3 + 0.2 * u, images_per_step=64):
             "seconds/rewards": 0.25,
             "seconds/forward": 2.0,
             "seconds/step": 4.0,
-            "images_per_second": 16.0,
+            "images_per_second": 16.0 if step < num_steps else 99.0,  # of the step alone
             "failed/geneval": 2 if step == 3 else 0,
         }
 
@@ -67,8 +68,10 @@ def interval(mean, half=0.05):
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def write_evaluation(run, label, strict, recognizer=None, with_images=True, half=0.05, **changes):
-    """strict: {tag: [verdict of each prompt]}, one image each; seeds and prompts agree between labels."""
+def write_evaluation(run, label, strict, recognizer=None, with_images=True, half=0.05, setting=None, **changes):
+    """strict: {tag: [verdict of each prompt]}, one image each; seeds and prompts agree between labels.
+
+    `setting` is what results.json says of the sampling; by default nothing."""
     folder = run / "evaluation" / label
     folder.mkdir(parents=True)
     rows, index = [], 0
@@ -91,7 +94,24 @@ def write_evaluation(run, label, strict, recognizer=None, with_images=True, half
     statistics = {"brightness": 0.5 if label == "base" else 0.2, "saturation": 0.4}
     results = {"scores": scores, "image_statistics": statistics, "diversity": 8.0, "frechet_distance": 12.5}
     results |= {"precision_recall": {"precision": 0.8, "recall": 0.6}, "versions": {"torch": "2.13.0"}}
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results | (setting or {})))
+
+
+def change_results(run, label, **changes):
+    """Overwrites keys of an evaluation's results.json."""
+    file = run / "evaluation" / label / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def sampled(num_inference_steps, guidance_scale, few_step=False, resolution=None, precision="no"):
+    """What `evaluate` writes of how its pictures were made."""
+    return {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "few_step": few_step,
+        "resolution": resolution,
+        "precision": precision,
+    }
 
 
 def write_samples(run, steps=(0, 50, 100)):
@@ -222,6 +242,19 @@ def test_the_page_goes_where_it_is_asked_to(tmp_path):
     assert write_report(run) == run / "report.html"
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("", "is a folder; give --output the name of a file, such as .*report.html"),
+        ("config.yaml/page.html", "cannot be made below .*config.yaml, which is a file; give --output another name"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_page_is_made(run, output, said, monkeypatch):
+    monkeypatch.setattr(report, "_page", lambda *_: pytest.fail("the page was made first"))
+    with pytest.raises(UserError, match=said):
+        write_report(run, run / output)
+
+
 # Parts that are missing
 
 PARTS = {
@@ -277,6 +310,7 @@ def test_folders_with_nothing_to_report_are_refused(tmp_path):
         ("metrics.jsonl", '{"step": 1}\n[2]\n', "line 2, holds a list"),
         ("metrics.jsonl", '{"step": 1}\n{"kl": 2}\n', "line 2, has no whole number as 'step'"),
         ("evaluation/base/results.json", "{}", "no 'scores'"),
+        ("evaluation/base/results.json", '{"scores": [1]}', "no 'scores'"),
         ("evaluation/base/images.jsonl", '{"prompt": "a"}\n', "line 1, does not describe an image"),
     ],
 )
@@ -284,6 +318,15 @@ def test_files_that_cannot_be_read_are_named_with_their_line(file, text, said, t
     write_evaluation(tmp_path, "base", {"one": [1.0]})
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=said) as caught:
+        write_report(tmp_path)
+    assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "evaluation/base/images.jsonl"])
+def test_text_that_is_not_utf8_is_refused(file, tmp_path):
+    write_evaluation(tmp_path, "base", {"one": [1.0]})
+    (tmp_path / file).write_bytes("name: Käse\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"is not UTF-8 text .*; restore it") as caught:
         write_report(tmp_path)
     assert file in str(caught.value)
 
@@ -375,10 +418,62 @@ def test_one_evaluated_model_is_compared_with_nothing(tmp_path):
     )
 
 
+def test_an_evaluation_that_scored_nothing_still_shows_its_pictures(tmp_path):
+    two_models(tmp_path, {"all": [0.0] * 14}, {"all": [0.0] * 14})
+    for label in ("base", "trained"):
+        change_results(tmp_path, label, scores={})
+    assert sentence(read_run(tmp_path)).startswith("Not judged: nothing was scored")
+    page = page_of(tmp_path)
+    assert page.headings() == ["Same prompt, same seed", "Drift watch", "How to get this again"]
+    assert len(page.all("img")) == 12 * 2
+    assert "Of 14 images 14 not scored. Shown are" in page.text
+    assert "wrong" not in page.text
+    (tmp_path / "config.yaml").write_text(RECIPE)
+    card = ModelCard.load(write_card(tmp_path)).text
+    assert "nothing was scored" in card
+    assert "| overall |" not in card
+    assert "| brightness |" in card
+
+
+def test_one_of_two_models_without_scores_leaves_the_change_open(tmp_path):
+    two_models(tmp_path, verdicts(3), verdicts(3))
+    change_results(tmp_path, "base", scores={})
+    assert f"went from {DASH} (base) to 0.15 (trained)" in sentence(read_run(tmp_path))
+    assert "Before and after" in page_of(tmp_path).headings()
+
+
 def test_models_stand_in_their_order_whatever_their_names(tmp_path):
     for label in ("zeta", "trained", "alpha", "base-guided", "base"):
         write_evaluation(tmp_path, label, verdicts(3))
     assert list(read_run(tmp_path).evaluations) == ["base", "base-guided", "trained", "alpha", "zeta"]
+
+
+def test_sampling_that_differs_is_said_in_the_verdict(tmp_path):
+    student, guided = sampled(1, 1.0, few_step=True), sampled(30, 3.0)
+    write_evaluation(tmp_path / "a", "base", verdicts(6), setting=student)
+    write_evaluation(tmp_path / "a", "base-guided", verdicts(12), setting=guided)
+    write_evaluation(tmp_path / "a", "trained", verdicts(15), setting=student)
+    text = sentence(read_run(tmp_path / "a"))
+    assert "from 0.30 (base) to 0.75 (trained), a change" in text  # these two were sampled alike
+    assert text.endswith("untrained model with guidance (0.60: 30 steps, w = 3, against 1 call, w = 1).")
+    write_evaluation(tmp_path / "b", "base", verdicts(6), setting=guided)
+    write_evaluation(tmp_path / "b", "trained", verdicts(15), setting=student)
+    text = sentence(read_run(tmp_path / "b"))
+    assert "from 0.30 (base, 30 steps, w = 3) to 0.75 (trained, 1 call, w = 1), a change" in text
+
+
+def test_each_column_says_how_its_pictures_were_made(tmp_path):
+    write_evaluation(tmp_path, "base", verdicts(6), setting=sampled(30, 3.5, resolution=1024, precision="bf16"))
+    write_evaluation(tmp_path, "trained", verdicts(15), setting=sampled(4, 1.0, few_step=True))
+    (tmp_path / "config.yaml").write_text(RECIPE)
+    heads = re.findall(r"<thead>.*?</thead>", page_of(tmp_path).source)
+    assert len(heads) == 2  # scores and drift
+    for head in heads:
+        assert "base<small>30 steps, w\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}3.5, 1024 px, bf16</small></th>" in head
+        assert "trained<small>4 calls, w\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}1</small></th>" in head
+    card = ModelCard.load(write_card(tmp_path)).text
+    assert "| | base (30 steps, w = 3.5, 1024 px, bf16) | trained (4 calls, w = 1) | change |" in card
+    assert "w is the scale of guidance" in card
 
 
 # The pictures
@@ -447,6 +542,22 @@ def test_a_lost_picture_is_said_to_be_lost(tmp_path):
     page = page_of(tmp_path)
     assert page.text.count("picture file is missing") == 1
     assert len(page.all("img")) == 3
+
+
+def test_a_damaged_picture_is_said_to_be_lost(tmp_path):
+    # Cut off in the middle, no picture at all, and a chunk whose name was overwritten: Pillow answers each in its way.
+    noisy = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noisy).save(file, "PNG")
+    whole = file.getvalue()
+    overwritten = whole.replace(b"IDAT", b"\xff\x00\x01\x02", 1)
+    two_models(tmp_path, {"one": [0.0] * 4}, {"one": [1.0] * 4})
+    for index, damaged in enumerate((whole[:900], b"lost", overwritten, b"")):
+        path = tmp_path / f"evaluation/trained/images/{index:05d}/samples/0000.png"
+        path.write_bytes(damaged)
+    page = page_of(tmp_path)
+    assert page.text.count("picture file is missing or damaged") == 4
+    assert len(page.all("img")) == 4
 
 
 def test_the_strip_shows_first_middle_and_last_step(tmp_path):
@@ -547,6 +658,44 @@ def test_the_running_mean_keeps_lines_and_halves_no_end():
     assert np.abs(curves.running_mean(np.ones(60)) - 1).max() < 1e-12
 
 
+def test_the_distance_from_the_anchor_is_true_of_every_anchor(page):
+    caption = caption_of(page, "Distance from the anchor")
+    assert "in DiffusionNFT the starting model" in caption
+    assert "in CRD that model with guidance, so that the distance falls at first" in caption
+    assert "Distance from the starting model" not in page.text
+
+
+def test_the_band_is_over_all_images_of_a_step(tmp_path):
+    write_metrics(tmp_path / "one", training())
+    page = page_of(tmp_path / "one")
+    assert "one standard deviation over all images of a step" in caption_of(page, "Reward during training")
+    assert "among siblings" not in caption_of(page, "Reward during training")
+    # Of several rewards drpo logs the deviation of what they are worth together, which is not that of their sum.
+    write_metrics(tmp_path / "two", [row | {"rewards/clip/mean": 0.3} for row in training()])
+    assert "standard deviation" not in caption_of(page_of(tmp_path / "two"), "Reward during training")
+
+
+def test_the_two_diversities_are_told_apart(page):
+    assert "latents" in caption_of(page, "Diversity among siblings, as latents")
+    assert "diversity among siblings, as features" in page.text
+    assert not re.findall(r"[Dd]iversity among siblings(?!, as)", page.source)
+
+
+def caption_of(page, title):
+    (found,) = re.findall(rf"<h3>{title}</h3>.*?<figcaption>(.*?)</figcaption>", page.source, re.S)
+    return found
+
+
+@pytest.mark.parametrize(("num_steps", "ticks"), [(1, ["1"]), (2, ["1", "2"])])
+def test_short_runs_have_whole_steps_on_their_axes_and_something_to_see(num_steps, ticks, tmp_path):
+    write_metrics(tmp_path, training(num_steps))
+    source = page_of(tmp_path).source
+    assert re.findall(r'id="kl-xtick_\d+">.*?<text[^>]*>([^<]*)</text>', source, re.S) == ticks
+    chart = source.split('aria-label="Distance from the anchor')[1].split("</svg>")[0]
+    marked = bool(re.search(r"<use [^>]*fill: var\(--series-1\)", chart))
+    assert marked == (num_steps == 1)  # one point makes no line
+
+
 def test_compared_runs_share_the_axes_and_the_table(run, tmp_path):
     other = tmp_path / "runs" / "other"
     write_metrics(other, training(images_per_step=32))
@@ -575,6 +724,45 @@ def test_drift_is_marked_only_where_the_look_moved_far(page):
     assert "◆" in rows["brightness"]
     assert "◆" not in rows["saturation"]
     assert f"The look changed by more than 25% of its start: brightness {MINUS}60%." in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "shown", "marked"),
+    [
+        ("dark_share", 4e-6, 0.005, "+0.00", False),  # 20 of 64 x 64 pixels
+        ("dark_share", 4e-6, 0.02, "+0.02", True),
+        ("dark_share", 0.0, 0.02, "+0.02", True),
+        ("dark_share", 0.02, 0.026, "+30%", False),  # relatively far, and 25 pixels
+        ("edge_density", 0.06, 0.08, "+33%", True),
+        ("saturation", 0.5, 0.3, f"{MINUS}40%", True),
+        ("color_entropy", 0.02, 0.09, "+0.07", False),
+        ("color_entropy", 4.0, 1.8, f"{MINUS}55%", True),
+        ("contrast", 0.001, 0.002, "+100%", True),  # a statistic without a known scale
+        ("contrast", 0.0, 0.0, "+0.00", False),
+    ],
+)
+def test_a_change_too_small_to_see_is_not_marked_however_small_its_start(name, before, after, shown, marked, tmp_path):
+    two_models(tmp_path, {"one": [0.0]}, {"one": [0.0]})
+    for label, value in (("base", before), ("trained", after)):
+        change_results(tmp_path, label, image_statistics={name: value})
+    run = read_run(tmp_path)
+    (cell,) = [row.cells[-1] for row in tables.drift_rows(run) if row.name == tables.DRIFT.get(name, name)]
+    assert (cell.value, cell.tone) == (shown, "flag" if marked else "")
+    assert any("The look changed" in warning for warning in tables.warnings(run)) == marked
+
+
+def test_the_head_says_how_fast_the_whole_run_was(page):
+    # 40 steps of 64 images in 160 s; the last step's own rate, 99 images/s, is not the run's
+    assert "40 steps · 2,560 training images · 3 min · 16 images/s" in page.text
+
+
+def test_one_is_counted_in_the_singular(tmp_path):
+    write_metrics(tmp_path, training(1, images_per_step=1))
+    page = page_of(tmp_path)
+    assert "1 step · 1 training image · 4 s" in page.text
+    assert "over 1 step," in page.text
+    write_evaluation(tmp_path, "base", {"one": [1.0]})
+    assert "Of 1 image 1 right." in page_of(tmp_path).text
 
 
 def test_parts_of_a_step_add_up_to_it_and_none_counts_twice(page):

@@ -1,12 +1,14 @@
 """From a run folder to one HTML page that says whether training worked, and opens from disk without a network."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from trimtab.files import atomic_write
+from trimtab.errors import UserError
+from trimtab.files import atomic_write, check_folder
 from trimtab.report import hacking, pictures, tables, words
 from trimtab.report.curves import scores_chart, training_charts
 from trimtab.report.folder import RunFolder, read_run
@@ -19,12 +21,24 @@ def write_report(run_folder: Path, output: Path | None = None, compare: Sequence
     """Writes the page (run_folder/report.html by default) and returns its path; `compare` adds other runs' curves.
 
     The page depends on the folders alone, so the same folders give the same bytes. Raises UserError when a folder is
-    missing or holds nothing to report, or when a file in it can't be read.
+    missing or holds nothing to report, when a file in it can't be read, or, before the page is made, when `output`
+    can't be written. A picture that is missing or damaged is no error: the page says so in its place.
     """
     run, others = read_run(run_folder), [read_run(folder) for folder in compare]
     output = output or run_folder / "report.html"
+    _check(output)
     atomic_write(output, _page(run, others))
     return output
+
+
+def _check(output: Path) -> None:
+    """UserError unless a file can be written at `output`, in folders that are there or can be made."""
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; give --output the name of a file, such as {output / 'report.html'}.")
+    there = next(each for each in output.absolute().parents if os.path.lexists(each))
+    if not there.is_dir():
+        raise UserError(f"{output} cannot be made below {there}, which is a file; give --output another name.")
+    check_folder(there)  # may be written to
 
 
 def _page(run: RunFolder, others: Sequence[RunFolder]) -> str:
@@ -43,14 +57,17 @@ def _page(run: RunFolder, others: Sequence[RunFolder]) -> str:
         verdict=sentence(run),
         facts=tables.facts(run),
         warnings=hacking.warnings(run) + tables.warnings(run),
-        score_rows=tables.score_rows(run) if run.evaluations else [],
+        columns=tables.columns(run),
+        score_rows=tables.score_rows(run),
         scores_chart=scores_chart(run),
         comparisons=pictures.comparisons(run),
         counts=pictures.count(outcomes),
         strip=pictures.strip(run),
+        run_columns=tables.RUN_COLUMNS,
         run_rows=tables.run_rows([run, *others]) if others else [],
         charts=training_charts([run, *others]),
         drift_rows=tables.drift_rows(run),
         flag_above=tables.FLAG_ABOVE,
+        smallest=tables.SMALLEST,
         versions=tables.versions(run),
     )

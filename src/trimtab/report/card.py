@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData
 
 from trimtab.files import atomic_write
 from trimtab.report.folder import RunFolder, read_run
-from trimtab.report.tables import Row, drift_rows, facts, score_rows
+from trimtab.report.tables import Cell, Row, columns, drift_rows, facts, score_rows
 from trimtab.report.verdict import sentence
 
 
@@ -32,14 +32,17 @@ def _lines(run: RunFolder) -> Iterator[str]:
         words = [f"--adapter {each}" for each in (*merged, ".")]  # in the order in which they were trained
         yield f"```\ntrimtab sample {base} {' '.join(words)} -p 'a prompt'\n```\n"
     if run.evaluations:
-        labels = [*run.evaluations, *(["change"] if run.reference else [])]
         yield f"{sentence(run)}\n"
-        yield from _table(labels, [*score_rows(run), *drift_rows(run)])
+        yield from _table(columns(run), [*score_rows(run), *drift_rows(run)])
+        yield "\nIn the heads w is the scale of guidance; 1 is off."
     yield f"\n## Recipe\n\n```yaml\n{run.config_text.strip()}\n```"
 
 
-def _table(labels: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
-    yield f"| | {' | '.join(labels)} |\n|{' --- |' * (len(labels) + 1)}"
+def _table(heads: Sequence[Cell], rows: Sequence[Row]) -> Iterator[str]:
+    yield f"| | {_joined(heads)} |\n|{' --- |' * (len(heads) + 1)}"
     for row in rows:
-        cells = [f"{cell.value} ({cell.detail})" if cell.detail else cell.value for cell in row.cells]
-        yield f"| {row.name} | {' | '.join(cells)} |"
+        yield f"| {row.name} | {_joined(row.cells)} |"
+
+
+def _joined(cells: Sequence[Cell]) -> str:
+    return " | ".join(f"{cell.value} ({cell.detail})" if cell.detail else cell.value for cell in cells)

@@ -15,9 +15,11 @@ from trimtab.report.words import listed, number
 MAX_POINTS = 300
 LINES = {  # key in metrics.jsonl -> (title, unit, what to look at)
     "kl": (
-        "Distance from the starting model",
-        "KL",
-        "A slow rise is the price of learning. A sudden one means that the anchor no longer holds.",
+        "Distance from the anchor",
+        "kl",
+        "Each method has its own anchor: in DiffusionNFT the starting model, and a slow rise is the price of learning;"
+        " in CRD that model with guidance, so that the distance falls at first; for an auto-encoder a standard normal."
+        " A sudden rise means that the anchor no longer holds.",
     ),
     "relative_misfit": (
         "How far the student is from its teacher",
@@ -35,9 +37,10 @@ LINES = {  # key in metrics.jsonl -> (title, unit, what to look at)
         "Near its floor, rewards want more than the student may leave its teacher for.",
     ),
     "diversity": (
-        "Diversity among siblings",
-        "distance of features",
-        "How much the images of one prompt differ. A fall towards zero means one and the same picture every time.",
+        "Diversity among siblings, as latents",
+        "distance of latents",
+        "How much the images of one prompt differ, as latents; evaluations measure it in features."
+        " A fall towards zero means one and the same picture every time.",
     ),
     "frac_reward_zero_std": (
         "Prompts without a signal",
@@ -100,10 +103,14 @@ def _label_color(labels: Sequence[str], label: str) -> str:
 
 
 def _reward_chart(runs: Sequence[RunFolder]) -> Chart | None:
-    caption = "What training maximises: it should rise, then settle."
-    if len(runs) == 1 and "reward_std" in runs[0].metrics:
-        caption += " The band is one standard deviation among siblings; it closes when they all look alike."
-    return _line_chart(runs, "reward", "Reward during training", "mean reward", caption, band="reward_std")
+    """The band is drawn for a run alone, with one reward: of several, some methods log the deviation of another sum."""
+    caption, band = "What training maximises: it should rise, then settle.", ""
+    if len(runs) == 1 and "reward_std" in runs[0].metrics and len(runs[0].names("rewards")) < 2:
+        caption += (
+            " The band is one standard deviation over all images of a step, those of easy and hard prompts alike."
+        )
+        band = "reward_std"
+    return _line_chart(runs, "reward", "Reward during training", "mean reward", caption, band)
 
 
 def _line_chart(
@@ -168,7 +175,8 @@ def _draw_runs(axes: Axes, runs: Sequence[RunFolder], key: str, band: str = "", 
         if alone and band in run.metrics:
             _, spread = thinned(run.metrics[_x_key(runs)], run.metrics[band], where=run.metrics[key])
             axes.fill_between(x, smooth - running_mean(spread), smooth + running_mean(spread), color=color, alpha=0.12)
-        axes.plot(x, y, color=color, alpha=0.35 if alone else 0.15, linewidth=0.7)
+        point = "o" if len(x) == 1 else ""  # which makes no line
+        axes.plot(x, y, point, color=color, alpha=0.35 if alone else 0.15, linewidth=0.7)
         axes.plot(x, smooth, color=color, linestyle=DASHES[i % len(DASHES)], label=run.name)
     if legend and len(runs) > 1:
         axes.legend(loc="best")
@@ -203,7 +211,7 @@ def _x_key(runs: Sequence[RunFolder]) -> str:
 def _finish_x(axes: Axes, runs: Sequence[RunFolder]) -> None:
     by_images = _x_key(runs) == "images"
     axes.set_xlabel("training images" if by_images else "step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10), integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10), integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
     axes.margins(x=0.01)
 

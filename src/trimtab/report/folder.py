@@ -13,9 +13,11 @@ import yaml
 
 from trimtab.errors import UserError
 from trimtab.metrics import Interval
+from trimtab.report.words import counted, number
 
 FIRST_LABELS = ("base", "base-guided", "trained")  # others follow by name
 HEADLINE = "strict"
+SETTINGS = ("num_inference_steps", "guidance_scale", "resolution")  # numbers, None where the model's own
 
 Key = tuple[int, int, int, str]  # prompt index, sibling, seed, prompt: equal keys started from the same noise
 
@@ -40,6 +42,19 @@ class Evaluation:
     label: str
     results: dict[str, Any]  # results.json as it stands
     cases: dict[Key, Case]
+
+    @property
+    def setting(self) -> str:
+        """How its pictures were made: '30 steps, w = 3', or '1 call, w = 1' of a student; '' where that is not told."""
+        told = self.results
+        calls, scale, side = (to_float(told.get(name)) for name in SETTINGS)
+        parts = [
+            (math.isfinite(calls), counted(calls, "call" if told.get("few_step") else "step")),
+            (math.isfinite(scale), f"w = {number(scale)}"),
+            (math.isfinite(side), f"{side:.0f} px"),
+            (told.get("precision", "no") != "no", f"{told.get('precision')}"),
+        ]
+        return ", ".join(text for known, text in parts if known)
 
     def overall(self, score: str) -> Interval:
         return to_interval(self.results["scores"].get(score, {}).get("overall"))
@@ -76,7 +91,7 @@ class RunFolder:
 
     @property
     def headline(self) -> str:
-        """The score that the verdict is about; '' without an evaluation."""
+        """The score that the verdict is about; '' where nothing was scored."""
         return next(iter(self.scores), "")
 
     def names(self, family: str) -> list[str]:
@@ -117,7 +132,12 @@ def to_float(value: Any) -> float:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); restore it from the run or remove it.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions or remove it.") from error
 
 
 def _config(path: Path, text: str) -> dict[str, Any]:
@@ -132,8 +152,8 @@ def _config(path: Path, text: str) -> dict[str, Any]:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, object) of a JSONL file. A last line without its line break is still being written: not yet."""
-    for number, line in enumerate(_text(path).split("\n")[:-1], start=1):
-        where = f"{path}, line {number},"
+    for row, line in enumerate(_text(path).split("\n")[:-1], start=1):
+        where = f"{path}, line {row},"
         yield where, _json(line, where)
 
 
@@ -174,7 +194,7 @@ def _evaluations(folder: Path) -> dict[str, Evaluation]:
 
 def _evaluation(folder: Path) -> Evaluation:
     results = _json(_text(folder / "results.json"), str(folder / "results.json"))
-    if not isinstance(results.get("scores"), dict) or not results["scores"]:
+    if not isinstance(results.get("scores"), dict):  # an empty one is fine: nothing could be scored
         raise UserError(f"{folder / 'results.json'} has no 'scores'; run `trimtab evaluate` again to write it.")
     cases = [_case(row, folder, results["scores"], where) for where, row in _rows(folder / "images.jsonl")]
     return Evaluation(folder.name, results, {case.key: case for case in cases})

@@ -10,16 +10,18 @@ from pathlib import Path
 from PIL import Image
 
 from trimtab.report.folder import Case, Evaluation, Key, RunFolder
+from trimtab.report.words import counted
 
 NUM_CASES = 12  # of all kinds of prompt together, but each kind gets at least two
 FAILURES = ("got worse", "still wrong", "wrong")  # in order of choice
 SUCCESSES = ("got better", "still right", "right")
+UNSCORED = "not scored"  # every image, where nothing was scored
 SHOT_PX, GRID_PX = 128, 320  # about the width on the page; smaller pictures are enlarged there, with sharp pixels
 
 
 @dataclass(frozen=True)
 class Picture:
-    source: str  # a data: address; '' when the file is missing
+    source: str  # a data: address; '' when the file is missing or damaged
     width: int
     height: int
     pixelated: bool
@@ -59,6 +61,8 @@ def outcomes(run: RunFolder) -> dict[Key, str]:
     Images that either could not score are left out, and so are those that the reference did not draw.
     """
     alone = run.reference is None or not run.reference.cases
+    if not run.headline:
+        return {key: UNSCORED for key in run.subject.cases if alone or key in run.reference.cases}
     after = _headline_scores(run, run.subject)
     before = after if alone else _headline_scores(run, run.reference)
     return {key: _outcome(before[key], after[key], alone) for key in after if key in before}
@@ -86,7 +90,7 @@ def choose(outcome: dict[Key, str], tag: dict[Key, str]) -> dict[Key, str]:
     chosen: list[Key] = []
     for one in tags:
         keys = [key for key in outcome if tag[key] == one]
-        failures, successes = (_ranked(keys, outcome, kinds) for kinds in (FAILURES, SUCCESSES))
+        failures, successes = (_ranked(keys, outcome, kinds) for kinds in (FAILURES, (*SUCCESSES, UNSCORED)))
         num_failures = max(each, 2 * each - len(successes))
         num_successes = max(each, 2 * each - len(failures))
         chosen += failures[:num_failures] + successes[:num_successes]
@@ -101,8 +105,8 @@ def _ranked(keys: list[Key], outcome: dict[Key, str], kinds: tuple[str, ...]) ->
 def count(outcome: dict[Key, str]) -> str:
     """'Of 24 images 9 got better, 2 got worse, ...': how common each outcome is, whatever the choice shows."""
     counts = Counter(outcome.values())
-    parts = [f"{counts[name]:,} {name}" for name in (*SUCCESSES, *FAILURES) if counts[name]]
-    return f"Of {len(outcome):,} images " + ", ".join(parts) + "."
+    parts = [f"{counts[name]:,} {name}" for name in (*SUCCESSES, *FAILURES, UNSCORED) if counts[name]]
+    return f"Of {counted(len(outcome), 'image')} " + ", ".join(parts) + "."
 
 
 def _comparison(run: RunFolder, key: Key, outcome: str) -> Comparison:
@@ -124,11 +128,12 @@ def strip(run: RunFolder) -> list[tuple[str, Picture]]:
 
 def embed(file: Path, shown_px: int) -> Picture:
     """The picture as PNG inside its own address, scaled down to twice the size that it is shown at."""
-    if not file.is_file():
+    try:
+        with Image.open(file) as opened:
+            pixelated, image = max(opened.size) <= shown_px, opened.convert("RGB")
+    except (OSError, SyntaxError):  # missing, no picture, or cut off; Pillow raises SyntaxError for a broken chunk
         return Picture("", 1, 1, pixelated=False)
-    with Image.open(file) as image:
-        pixelated = max(image.size) <= shown_px
-        image.thumbnail((2 * shown_px, 2 * shown_px), Image.Resampling.LANCZOS)
-        png = io.BytesIO()
-        image.convert("RGB").save(png, "PNG", optimize=True)
-        return Picture("data:image/png;base64," + base64.b64encode(png.getvalue()).decode(), *image.size, pixelated)
+    image.thumbnail((2 * shown_px, 2 * shown_px), Image.Resampling.LANCZOS)
+    png = io.BytesIO()
+    image.save(png, "PNG", optimize=True)
+    return Picture("data:image/png;base64," + base64.b64encode(png.getvalue()).decode(), *image.size, pixelated)

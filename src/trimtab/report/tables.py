@@ -8,15 +8,22 @@ from typing import Any
 from trimtab.metrics import Interval
 from trimtab.report.folder import Evaluation, RunFolder, to_float
 from trimtab.report.verdict import UNKNOWN, Change, change
-from trimtab.report.words import ABSENT, bounds, duration, listed, number, percent, score, signed
+from trimtab.report.words import ABSENT, bounds, counted, duration, listed, number, percent, score, signed
 
 FLAG_ABOVE = 0.25  # a statistic that moves by more than this share of its starting value is marked
+SMALLEST = {  # change that is marked, whatever share of its start it is: these may start near zero
+    "brightness": 0.01,  # of the range from black to white
+    "dark_share": 0.01,  # of the pixels, 41 of 64 x 64: a quarter of the smallest circle
+    "saturation": 0.01,  # of the range from grey to pure
+    "edge_density": 0.01,  # of the pixels
+    "color_entropy": 0.1,  # bits; a hundredth of the pixels in another colour adds 0.08 to a flat picture
+}
 
 
 @dataclass(frozen=True)
 class Cell:
     value: str
-    detail: str = ""  # the interval, in small print
+    detail: str = ""  # in small print: of a score its interval, of a column how its pictures were made
     tone: str = ""  # 'better', 'worse', 'flag' or nothing
 
 
@@ -27,8 +34,16 @@ class Row:
     strong: bool = False
 
 
+def columns(run: RunFolder) -> list[Cell]:
+    """The heads over scores and drift: each model, with how its pictures were made, then the change."""
+    heads = [Cell(label, each.setting) for label, each in run.evaluations.items()]
+    return [*heads, Cell("change")] if run.reference else heads
+
+
 def score_rows(run: RunFolder) -> list[Row]:
-    """Headline score per tag, then overall, then every other score overall; a column per model, then the change."""
+    """Headline score per tag, then overall, then every other score overall; in `columns`. Empty without scores."""
+    if not run.headline:
+        return []
     tags = dict.fromkeys(tag for each in run.evaluations.values() for tag in each.tags(run.headline))
     rows = [Row(tag.replace("_", " "), _score_cells(run, run.headline, tag)) for tag in tags]
     rows.append(Row("overall", _score_cells(run, run.headline), strong=True))
@@ -60,7 +75,7 @@ DRIFT = {  # key in results.json -> row title
     "saturation": "saturation",
     "edge_density": "edge pixels",
     "color_entropy": "colour entropy (bits)",
-    "diversity": "diversity among siblings",
+    "diversity": "diversity among siblings, as features",
     "drift": "distance from the starting model",
     "frechet_distance": "Fréchet distance",
     "precision": "precision",
@@ -70,7 +85,7 @@ QUALITY = ("frechet_distance", "precision", "recall")  # these say what is good,
 
 
 def drift_rows(run: RunFolder) -> list[Row]:
-    """What no reward measures; a column per model, then the change from reference to subject in percent."""
+    """What no reward measures, in `columns`; the change is from reference to subject."""
     drift = {label: _drift(each) for label, each in run.evaluations.items()}
     found = {name for values in drift.values() for name in values}
     rows = []
@@ -78,7 +93,7 @@ def drift_rows(run: RunFolder) -> list[Row]:
         cells = [Cell(number(values.get(name, math.nan))) for values in drift.values()]
         if run.reference and run.subject:
             before, after = (drift[each.label].get(name, math.nan) for each in (run.reference, run.subject))
-            cells.append(_drift_cell(before, after, alarming=name not in QUALITY))
+            cells.append(_drift_cell(before, after, name))
         rows.append(Row(DRIFT.get(name, name.replace("_", " ")), cells))
     return rows
 
@@ -95,9 +110,15 @@ def _mean(value: Any) -> float:
     return to_float(value["mean"] if isinstance(value, dict) else value)
 
 
-def _drift_cell(before: float, after: float, alarming: bool) -> Cell:
-    moved = (after - before) / abs(before) if before else math.nan
-    return Cell(percent(moved), tone="flag" if alarming and abs(moved) > FLAG_ABOVE else "")
+def _drift_cell(before: float, after: float, name: str) -> Cell:
+    """In percent of the start, or as a difference where the start is too near to zero for that to mean anything."""
+    moved, smallest = after - before, SMALLEST.get(name, 0.0)
+    far = abs(moved) > FLAG_ABOVE * abs(before) and abs(moved) >= smallest
+    text = signed(moved) if abs(before) <= smallest else percent(moved / abs(before))
+    return Cell(text, tone="flag" if far and name not in QUALITY else "")
+
+
+RUN_COLUMNS = [Cell(name) for name in ("score", "last reward", "images", "time")]
 
 
 def run_rows(runs: Sequence[RunFolder]) -> list[Row]:
@@ -125,10 +146,10 @@ def last(run: RunFolder, key: str) -> float:
 def facts(run: RunFolder) -> list[str]:
     """The line below the title: how large the run was."""
     steps, images, seconds = (last(run, key) for key in ("step", "images", "elapsed_seconds"))
-    speed = last(run, "images_per_second")
+    speed = images / seconds if seconds else math.nan  # of the whole run, pictures and checkpoints included
     parts = [
-        (steps, f"{steps:,.0f} steps"),
-        (images, f"{images:,.0f} training images"),
+        (steps, counted(steps, "step")),
+        (images, counted(images, "training image")),
         (seconds, duration(seconds)),
         (speed, f"{speed:.3g} images/s"),
     ]

@@ -13,7 +13,7 @@ import torch
 
 from trimtab.metrics import Interval, bootstrap_over_tags
 from trimtab.report.folder import Evaluation, RunFolder
-from trimtab.report.words import bounds, listed, score, signed
+from trimtab.report.words import bounds, counted, listed, score, signed
 
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
 GUIDED = "base-guided"
@@ -60,6 +60,11 @@ def sentence(run: RunFolder) -> str:
     """The one sentence below the title."""
     if run.subject is None:
         return _of_training(run)
+    if not run.headline:
+        return (
+            "Not judged: nothing was scored, neither by the suite nor by a reward;"
+            " compare the pictures, or name a reward and evaluate again."
+        )
     if run.reference is None:
         value = run.subject.overall(run.headline)
         return (
@@ -97,7 +102,13 @@ def _unclear(run: RunFolder, moved: Change) -> str:
 
 def _from_to(run: RunFolder, moved: Change) -> str:
     before, after = score(moved.before.mean), score(moved.after.mean)
-    return f"from {before} ({run.reference.label}) to {after} ({run.subject.label})"
+    return f"from {before} ({_named(run.reference, run.subject)}) to {after} ({_named(run.subject, run.reference)})"
+
+
+def _named(evaluation: Evaluation, other: Evaluation) -> str:
+    """Its label, and how its pictures were made where the other's were made otherwise."""
+    setting = evaluation.setting if evaluation.setting != other.setting else ""
+    return f"{evaluation.label}, {setting}" if setting else evaluation.label
 
 
 def _by(moved: Change) -> str:
@@ -107,13 +118,14 @@ def _by(moved: Change) -> str:
 
 
 def _beside_guided(run: RunFolder) -> str:
-    """What training has to beat to be worth it: the same weights with guidance, at twice the cost per image."""
+    """What training has to beat to be worth it: the same weights with guidance, at twice the cost per step or more."""
     guided = run.evaluations.get(GUIDED)
     if guided is None or guided is run.subject or guided is run.reference:
         return ""
     moved = change(guided, run.subject, run.headline)
     where = {"better": "above", "worse": "below", "unclear": "not clearly different from"}[moved.direction]
-    return f"; that is {where} the untrained model with guidance ({score(moved.before.mean)})"
+    how = f": {guided.setting}, against {run.subject.setting}" if guided.setting and run.subject.setting else ""
+    return f"; that is {where} the untrained model with guidance ({score(moved.before.mean)}{how})"
 
 
 def _of_training(run: RunFolder) -> str:
@@ -124,6 +136,6 @@ def _of_training(run: RunFolder) -> str:
     tenth = max(1, len(reward) // 10)
     first, last = reward[:tenth].mean(), reward[-tenth:].mean()
     return (
-        f"Not evaluated: the training reward went from {score(first)} to {score(last)} over {len(reward)} steps,"
-        " which alone does not show that the pictures are better."
+        f"Not evaluated: the training reward went from {score(first)} to {score(last)}"
+        f" over {counted(len(reward), 'step')}, which alone does not show that the pictures are better."
     )

@@ -33,6 +33,11 @@ def bounds(interval: Interval) -> str:
     return f"{score(interval.low)}{ABSENT if interval.low >= 0 else ' to '}{score(interval.high)}"
 
 
+def counted(count: float, noun: str) -> str:
+    """'1 step', '1,200 steps'."""
+    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Seconds up to two minutes, minutes up to two hours, then hours."""
     if seconds < 120:
