@@ -242,7 +242,8 @@ class GNDM:
 
     def after_step(self, step: int) -> dict[str, float]:
         self.log |= self.student.log(step, self.config, self.config.reuse)
-        return self.log | {"gate": self.balance.gate, "relative_misfit": self.balance.misfit}
+        gate = {"gate": self.balance.gate} if self.rewards else {}
+        return self.log | gate | {"relative_misfit": self.balance.misfit}
 
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, self.config.result, self.student.scheduler())
