@@ -1,13 +1,20 @@
+"""CRD: its equations by hand and in closed form, and its glue on a real tiny pipeline whose roles all differ."""
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.special import ndtri
 from scipy.stats import norm
 from torch.nn import functional
 
+from trimtab.batch import Prompts, Rollout
 from trimtab.errors import UserError
+from trimtab.forward import points, times_of
 from trimtab.groups import means
 from trimtab.methods.crd import (
+    CRD,
+    CRDConfig,
     anchor_loss,
     anchor_strength,
     centres,
@@ -17,6 +24,8 @@ from trimtab.methods.crd import (
     parse_schedule,
     unit_signal,
 )
+from trimtab.rewards.composite import Composite
+from trimtab.rollout import RolloutConfig, Rollouts
 from trimtab.worlds.gaussians import Mixture
 
 # Three prompts, interleaved, of 5, 4 and 3 siblings.
@@ -176,27 +185,27 @@ def test_a_constant_per_prompt_in_rewards_or_in_q_changes_nothing(weight_temp, l
 # Variants
 
 
-def written_out(q, advantage, centring, weight_temp, loss_type, beta):
-    """Eq. 6 and 7 in loops, q_bar constant."""
-    signal = unit_signal(advantage, CLIP)
+def written_out(q, advantage, centring, weight_temp, loss_type, beta, group=GROUP, clip=CLIP):
+    """Eq. 5 to 7 in loops, q_bar constant."""
+    signal = advantage.clamp(-clip, clip) / (2 * clip) + 0.5
     total = 0.0
     signs = [1.0] if weight_temp < 0 else [1.0, -1.0]
     for sign in signs:
-        for i in range(BATCH):
-            siblings = GROUP[i] == GROUP if centring == "prompt" else torch.ones(BATCH, dtype=torch.bool)
+        for i in range(len(q)):
+            siblings = group[i] == group if centring == "prompt" else torch.ones(len(q), dtype=torch.bool)
             r = signal[siblings]
-            p = torch.ones(len(r), dtype=torch.float64)
+            p = torch.ones_like(r)
             if weight_temp > 0:
                 p = (sign * r / weight_temp).exp()
             if weight_temp == 0:
                 pool = (r - 0.5) * sign > 0
-                p = pool.double() if pool.any() else p
+                p = pool.to(p) if pool.any() else p
             p = p / p.sum()
             q_bar, r_bar = (0.0, 0.5) if centring == "none" else (p @ q[siblings].detach(), p @ r)
             x, y = beta * (q[i] - q_bar), signal[i] - r_bar
             bce = -(y.sigmoid() * x.sigmoid().log() + (-y).sigmoid() * (-x).sigmoid().log())
             total = total + ((x - y) ** 2 if loss_type == "mse" else bce) / len(signs)
-    return CLIP / beta * total / BATCH
+    return clip / beta * total / len(q)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))
@@ -406,6 +415,30 @@ def test_the_squared_loss_has_its_golden_values_and_is_not_minimised_by_the_tilt
     assert np.abs(losses / [3.452, 73.1, 2.183] - 1).max() < 0.01
 
 
+def test_the_tilt_has_no_loss_where_noise_is_averaged_before_the_square_and_a_large_one_after_it():
+    # With the bound's weight (1 - t) / t. By an independent, coarser program: 3.452 at old; at the tilt .006 averaged
+    # before the square, where 0 is exact, and 15.9 averaged after it, where finer grids tend to 15.6.
+    num_x0, num_eps = 100, 60
+    x0, eps = population(num_x0, num_eps)
+    tilted, _ = OLD.tilted(ONE, 0.5)
+    nodes, weights = np.polynomial.legendre.leggauss(10)
+    rewards, one_group = x0[::num_eps, 0], torch.zeros(num_x0)
+    inside, outside = torch.zeros(num_x0, dtype=torch.float64), 0.0
+    for t, weight in zip(torch.from_numpy((nodes + 1) / 2), weights / 2, strict=True):
+        x_t, bound = (1 - t) * x0 + t * eps, (1 - t) / t
+        v, v_old = tilted.velocity(x_t, t), OLD.velocity(x_t, t)
+        q = implicit_reward(v, v_old, eps - x0, adaptive=False)
+        inside += weight * bound * q.view(num_x0, num_eps).mean(1)
+        outside += weight * population_loss(v, v_old, x0, eps, 2.0 * bound)
+
+    def loss(q):
+        return distillation_loss(q, rewards, centres(q, rewards, one_group), beta=2.0, clip=2.0)[0]
+
+    assert abs(loss(torch.zeros_like(inside)) / 3.452 - 1) < 0.01
+    assert loss(inside) < 1e-4
+    assert abs(outside / 15.6 - 1) < 0.01
+
+
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
 def test_the_first_step_goes_along_the_covariance_of_target_and_reward(t):
     # d loss / d v(x_t) at old is -4 beta Cov(u, R | x_t) p(x_t), and Cov(u, R | x_t) = -(t / (1 - t)) grad E[R | x_t].
@@ -442,3 +475,144 @@ def test_bce_is_torchs():
     expected = functional.binary_cross_entropy(torch.sigmoid(q), torch.sigmoid(signal))
     value, _ = distillation_loss(q, signal, centre, clip=1.0, loss_type="bce")
     assert abs(value - expected) < 1e-6
+
+
+# The glue
+
+SETTINGS = {"num_train_times": 2, "crd_beta": 1.5, "adv_clip_range": 2.0, "kl_beta": 0.5, "kl_cfg": 2.5}
+UPDATES = {
+    "defaults": {},
+    "plain errors to the reference": {"use_old_for_loss": False, "adaptive_logp": False},
+    "softmax, anchored by the advantage": {"weight_temp": 0.2, "reward_adaptive_kl": "advantage"},
+    "bce, not centred, evenly anchored": {"crd_loss_type": "bce", "centring": "none", "reward_adaptive_kl": "off"},
+}
+TEXTS = ("a red circle", "two stars", "a blue square")
+PROMPTS = Prompts(TEXTS, ({}, {}, {}), (0, 1, 2))
+
+
+def build(tiny, **settings):
+    """CRD over a pipeline whose roles have LoRAs of their own, far from each other and from the reference."""
+    config = CRDConfig(**SETTINGS | settings)
+    face = tiny(frozen=config.frozen_roles)
+    for seed, role in enumerate(face.roles.names):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in face.roles.parameters(role).values():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    rewards = Composite({"bright": (lambda images, prompts, metadata: images.mean((1, 2, 3)), 1.0)})
+    rollout = RolloutConfig(num_prompts=3, group_size=2, num_inference_steps=2)
+    return CRD(config, face, Rollouts(face, PROMPTS, rewards, rollout, face.resolution, seed=3), batch_size=4)
+
+
+def rollout_of(face):
+    """Groups of 3, 2 and 4, interleaved, with rewards beyond [0, 1] and advantages beyond the clip."""
+    generator = torch.Generator().manual_seed(5)
+    columns = {
+        "latents": torch.randn(9, 8, 8, 8, generator=generator),
+        "group": torch.tensor([0, 1, 2, 0, 2, 1, 2, 0, 2]),
+        "sibling": torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3]),
+        "reward": torch.linspace(-0.3, 1.3, 9),
+        "scaled": 1.5 * torch.randn(9, generator=generator),
+        "advantage": torch.tensor([1.0, -0.4, 2.6, 0.3, -1.2, 0.4, 0.7, -1.3, -3.1]),
+    }
+    return Rollout(PROMPTS, face.encode(TEXTS), **columns, seed=3, step=1)
+
+
+def update_by_hand(method, rollout):
+    """Eq. 1 to 8 with the numbers of SETTINGS, of all samples at once, averaged over samples and times."""
+    config, face, total = method.config, method.pipeline, 0.0
+    times = times_of(rollout, config, method.rollouts.time_grid())
+    strengths = {
+        "reward": 1e-4 + rollout.reward.clamp(0, 1) * (0.5 - 1e-4),
+        "advantage": 1e-4 + (rollout.advantage.clamp(-2, 2) / 4 + 0.5) * (0.5 - 1e-4),
+        "off": torch.full((9,), 0.5),
+    }
+    for number in (0, 1):
+        at = points(face, rollout, times[:, number], number)
+
+        def field(role, condition, at=at):
+            return face.predict(at.x_t, at.t, condition, role).flow
+
+        with torch.no_grad():
+            v_old = field("old" if config.use_old_for_loss else "ref", at.condition)
+            unguided = field("ref", face.unconditional.expand(9))
+            v_ref = unguided + 2.5 * (field("ref", at.condition) - unguided)
+        v = field("default", at.condition)
+        errors = []
+        for prediction in (v, v_old):
+            difference = (prediction - at.target).flatten(1)
+            m = difference.detach().abs().mean(1) if config.adaptive_logp else 1.0
+            errors.append(difference.square().mean(1) / m)
+        total = total + written_out(
+            errors[1] - errors[0],
+            rollout.scaled if config.centring == "none" else rollout.advantage,
+            config.centring,
+            config.weight_temp,
+            config.crd_loss_type,
+            beta=1.5,
+            group=rollout.group,
+            clip=2.0,
+        )
+        total = total + (strengths[config.reward_adaptive_kl] * (v - v_ref).square().mean((1, 2, 3))).mean()
+    return total / 2
+
+
+@pytest.mark.parametrize("settings", UPDATES.values(), ids=UPDATES)
+def test_loss_and_gradient_of_an_update_are_the_equations_in_packs_and_in_two_passes(tiny, settings):
+    method = build(tiny, **settings)
+    rollout, weights = rollout_of(method.pipeline), method.trained()["default"].values()
+    expected = update_by_hand(method, rollout)
+    slopes = torch.autograd.grad(expected, weights)
+    wanted = torch.cat([slope.flatten() for slope in slopes])
+    for method.batch_size in (5, 3):  # packs of 3 + 2 and 4; 3, 2, and 4 in two passes
+        value, found = 0.0, 0.0
+        for loss in method.losses(rollout):
+            value += loss.value.item()
+            found = found + torch.cat([s.flatten() for s in torch.autograd.grad(loss.value, weights)])
+        assert value == pytest.approx(expected.item(), rel=1e-4)
+        assert gap(found, wanted) < 1e-4 * wanted.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("decay", "role"), [("75-0-0.0075-0.999", "sampler"), (None, "old")])
+def test_rollouts_are_drawn_by_the_sampler_or_where_there_is_none_by_the_old_role(tiny, decay, role):
+    method = build(tiny, sampling_model_decay=decay, updates_per_step=3)
+    parts = method.collect(4)
+    assert [(part.step, part.group.unique().tolist()) for part in parts] == [(4, [0]), (4, [1]), (4, [2])]
+    for part in parts:
+        for other in method.pipeline.roles.names:
+            difference = gap(part.latents, method.rollouts.again(part, other))
+            assert difference < 1e-5 if other == role else difference > 0.1
+
+
+def weights_of(roles, role):
+    return torch.cat([p.flatten() for p in roles.parameters(role).values()])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", ["1-0-0.6-0.9", None])
+def test_after_a_step_each_slow_role_has_moved_by_its_own_schedule(tiny, sampling):
+    # old keeps .2 + .05 n; the sampler .6 (n - 1), .9 at most. Two updates a step: n = 2, then 4.
+    method = build(tiny, old_model_decay="0-0.2-0.05-0.9", sampling_model_decay=sampling, num_train_times=1)
+    roles = method.pipeline.roles
+    for step, kept in enumerate(({"old": 0.3, "sampler": 0.6}, {"old": 0.4, "sampler": 0.9})):
+        decays = {role: decay for role, decay in kept.items() if role in roles.names}
+        for part in method.collect(step):
+            list(method.losses(part))
+        before = {role: weights_of(roles, role) for role in roles.names}
+        log = method.after_step(step)
+        assert {name: log[name] for name in log if name.startswith("decay")} == pytest.approx(
+            {f"decay/{role}": decay for role, decay in decays.items()}
+        )
+        assert 0 < log["reward"] < 1
+        assert torch.equal(weights_of(roles, "default"), before["default"])
+        for role, decay in decays.items():
+            assert gap(weights_of(roles, role), decay * before[role] + (1 - decay) * before["default"]) < 1e-6
+
+
+def test_the_trained_role_is_exported(tiny, tmp_path):
+    method = build(tiny)
+    method.export(tmp_path)
+    exported = load_file(tmp_path / "adapter_model.safetensors")
+    weights = method.pipeline.roles.parameters("default")
+    assert len(exported) == len(weights)
+    assert all(torch.equal(exported[f"base_model.model.{name}"], p) for name, p in weights.items())

@@ -4,13 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trimtab.batch import Prompts, Rollout
-from trimtab.forward import Points
+from trimtab.forward import Points, points, times_of
 from trimtab.matching import adaptive_error
 from trimtab.methods.diffusion_nft import DiffusionNFT, DiffusionNFTConfig, nft_errors, nft_loss
 from trimtab.process import RectifiedFlow, VariancePreserving
-from trimtab.rollout import RolloutConfig
+from trimtab.rewards.composite import Composite
+from trimtab.rollout import RolloutConfig, Rollouts
 
 CLIP = 5.0
 
@@ -114,24 +116,50 @@ def rollout(face, advantage):
 
 
 def shaken(face):
-    generator = torch.Generator().manual_seed(4)
-    for parameter in face.roles.parameters("default").values():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    """Each role gets a LoRA of its own, far from the others and from the reference."""
+    for seed, role in enumerate(face.roles.names):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in face.roles.parameters(role).values():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return face
 
 
-def whole_gradient(face, batch_size, advantage, **config):
-    inputs = list(face.roles.parameters("default").values())
+def whole_update(face, batch_size, advantage, **config):
+    """The sum of the terms' values, and the gradient of the trained weights."""
+    inputs, value = list(face.roles.parameters("default").values()), 0.0
     for loss in method(face, batch_size, **config).losses(rollout(face, advantage)):
         assert loss.network == "default"
         loss.value.backward(inputs=inputs)
-    return torch.cat([p.grad.flatten() for p in inputs])
+        value += loss.value.item()
+    return value, torch.cat([p.grad.flatten() for p in inputs])
 
 
-def test_micro_batches_do_not_change_the_gradient(tiny):
-    advantage = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
-    one, two = (whole_gradient(shaken(tiny(frozen=("old",))), size, advantage) for size in (100, 2))
-    assert gap(one, two) < 1e-4 * one.abs().max()
+def update_by_hand(face, advantage, b, clip, kl_beta):
+    """Eq. 1 to 5 of all samples at once, averaged over samples and times."""
+    samples, glue, total = rollout(face, advantage), method(face, 100), 0.0
+    times = times_of(samples, glue.config, glue.rollouts.time_grid())
+    for number in (0, 1):
+        at = points(face, samples, times[:, number], number)
+        v, v_old, v_ref = (face.predict(at.x_t, at.t, at.condition, role).flow for role in ("default", "old", "ref"))
+        v_old, v_ref = v_old.detach(), v_ref.detach()
+        signal = advantage.clamp(-clip, clip) / (2 * clip) + 0.5
+        for share, flow in ((signal, b * v + (1 - b) * v_old), (1 - signal, (1 + b) * v_old - b * v)):
+            miss = (at.x_t - at.t[:, None, None, None] * flow - at.x0).flatten(1)
+            total = total + clip * (share * miss.square().mean(1) / miss.detach().abs().mean(1) / b).mean()
+        total = total + kl_beta * (v - v_ref).square().mean()
+    return total / 2
+
+
+@pytest.mark.parametrize(("nft_beta", "clip", "kl_beta"), [(1.0, 5.0, 0.0), (0.4, 2.0, 0.5)])
+def test_loss_and_gradient_of_an_update_are_the_equations_in_parts_of_groups(tiny, nft_beta, clip, kl_beta):
+    face, advantage = shaken(tiny(frozen=("old",))), torch.tensor([1.0, -2.0, 0.5, 7.0, -1.0])
+    expected = update_by_hand(face, advantage, nft_beta, clip, kl_beta)
+    slopes = torch.autograd.grad(expected, face.roles.parameters("default").values())
+    wanted = torch.cat([slope.flatten() for slope in slopes])
+    settings = {"nft_beta": nft_beta, "adv_clip_range": clip, "kl_beta": kl_beta}
+    value, gradient = whole_update(face, 2, advantage, **settings)
+    assert value == pytest.approx(expected.item(), rel=1e-4)
+    assert gap(gradient, wanted) < 1e-4 * wanted.abs().max()
 
 
 def test_advantages_beyond_the_clip_count_as_the_clip(tiny):
@@ -139,11 +167,26 @@ def test_advantages_beyond_the_clip_count_as_the_clip(tiny):
     within, beyond = torch.tensor([5.0, -5.0, 0.0, 5.0, -5.0]), torch.tensor([50.0, -6.0, 0.0, 5.0, -500.0])
     gradients = []
     for advantage in (within, beyond):
-        gradients.append(whole_gradient(face, 100, advantage))
+        gradients.append(whole_update(face, 100, advantage)[1])
         for parameter in face.roles.parameters("default").values():
             parameter.grad = None
     assert torch.equal(*gradients)
     assert gradients[0].abs().max() > 0
+
+
+@torch.no_grad()
+def test_the_old_policy_draws_the_rollouts(tiny):
+    glue = method(shaken(tiny(frozen=("old",))), 100, updates_per_step=2)
+    rewards = Composite({"bright": (lambda images, prompts, metadata: images.mean((1, 2, 3)), 1.0)})
+    prompts = Prompts(("a red circle", "two stars"), ({}, {}), (0, 1))
+    settings = RolloutConfig(num_prompts=2, group_size=2, num_inference_steps=2)
+    glue.rollouts = Rollouts(glue.pipeline, prompts, rewards, settings, glue.pipeline.resolution, seed=3)
+    parts = glue.collect(4)
+    assert [(part.step, part.group.unique().tolist()) for part in parts] == [(4, [0]), (4, [1])]
+    for part in parts:
+        assert gap(part.latents, glue.rollouts.again(part, "old")) < 1e-5
+        assert gap(part.latents, glue.rollouts.again(part, "default")) > 0.1
+    assert 0 < glue.after_step(4)["reward"] < 1
 
 
 def test_the_old_policy_follows_by_the_schedule(tiny):
@@ -181,3 +224,12 @@ def test_the_anchor_compares_what_networks_say_and_not_the_flow_that_noise_means
     with torch.no_grad():
         now, ref = (face.predict(x_t, at.t, at.condition, role).value for role in ("default", "ref"))
     assert loss.metrics["kl"].item() == pytest.approx((now - ref).square().mean().item(), rel=1e-4)
+
+
+def test_the_trained_role_is_exported(tiny, tmp_path):
+    face = shaken(tiny(frozen=("old",)))
+    method(face, 100).export(tmp_path)
+    exported = load_file(tmp_path / "adapter_model.safetensors")
+    weights = face.roles.parameters("default")
+    assert len(exported) == len(weights)
+    assert all(torch.equal(exported[f"base_model.model.{name}"], p) for name, p in weights.items())
