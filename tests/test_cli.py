@@ -18,7 +18,13 @@ from trimtab.pipelines import adapters, few_step, loading
 from trimtab.pipelines.sd3 import SD3
 from trimtab.run import RECIPES, load_config
 
-REWARD = "def brightness(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+REWARD = """
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+def raises(images, prompts, metadata):
+    raise ValueError("one\\n  two")
+"""
 HOLDER = """
 import sys
 from trimtab.files import lock
@@ -437,6 +443,83 @@ def test_an_output_folder_that_cannot_be_made_is_refused(refused, recipe, tmp_pa
 def test_prompts_that_cannot_be_shared_by_the_processes_are_refused(refused, recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "2 prompts can't be shared by 4 processes" in refused("train", recipe())
+
+
+def test_fewer_prompts_than_a_step_takes_are_told(refused, recipe, monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # so that it goes no further
+    refused("train", recipe(), "rollout.num_prompts=16")
+    assert "rollout.num_prompts is 16, and there are fewer, 2: each step takes all" in caplog.text
+
+
+# Evaluations
+
+
+@pytest.fixture
+def taken(recipe, tiny_folder):
+    """A folder, `taken`, that says it is an evaluation of the tiny model by `--suite prompts.txt`."""
+    found = {
+        "model": str(tiny_folder), "adapters": [], "suite": "prompts.txt", "images_per_prompt": 4,
+        "num_inference_steps": 40, "guidance_scale": 1.0, "seed": 0, "resolution": None, "precision": "no",
+        "few_step": False, "scores": {"reward.py:brightness": {}},
+    }  # fmt: skip
+    folder = Path("taken")
+    folder.mkdir()
+    write(folder / "results.json", json.dumps(found))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--adapter", "lora"], "with adapters=[], and this one has ['lora']; give --output another folder"),
+        (["--images-per-prompt", "1"], "with images_per_prompt=4, and this one has 1"),
+        (["--num-inference-steps", "2"], "with num_inference_steps=40, and this one has 2"),
+        (["--guidance-scale", "2"], "with guidance_scale=1.0, and this one has 2.0"),
+        (["--seed", "2"], "with seed=0, and this one has 2"),
+        (["--resolution", "32"], "with resolution=None, and this one has 32"),
+        (["--mixed-precision", "bf16"], "with precision='no', and this one has 'bf16'"),
+        (["--suite", "blocks"], "with suite='prompts.txt', and this one has 'blocks'"),
+        (["--reward", "recognizer"], "holds scores of 'reward.py:brightness', which would be lost; give --reward"),
+    ],
+)
+def test_an_evaluation_does_not_replace_another(refused, taken, tiny_folder, words, says):
+    before = (taken / "results.json").read_bytes()
+    assert says in refused("evaluate", tiny_folder, "--suite", "prompts.txt", "--output", taken, *words)
+    assert (taken / "results.json").read_bytes() == before
+    assert "model='" in refused("evaluate", "micro", "--suite", "prompts.txt", "--output", taken)
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[1]"])
+def test_a_folder_whose_results_are_none_is_refused(refused, taken, tiny_folder, text):
+    write(taken / "results.json", text)
+    assert "cannot be read" in refused("evaluate", tiny_folder, "--output", taken)
+
+
+def test_the_default_folder_names_the_adapters(cli, recipe, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "trimtab.inference.evaluate_model", lambda *args, **how: asked.append(args[3]) or {"scores": {}}
+    )
+    asked = []
+    assert (
+        cli("evaluate", "micro", "--adapter", "runs/mine/export", "--adapter", "lora", "--suite", "prompts.txt")[0] == 0
+    )
+    (tmp_path / "runs" / "full" / "export").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs" / "full" / "export")
+    assert cli("evaluate", ".")[0] == 0
+    assert [str(folder) for folder in asked] == [
+        "evaluations/micro-mine-lora-prompts-cfg1-seed0",
+        "evaluations/full-blocks-cfg1-seed0",
+    ]
+
+
+def test_a_reward_that_fails_leaves_the_pictures_and_one_line(cli, recipe, tiny_folder):
+    words = ["--suite", "prompts.txt", "--reward", "reward.py:raises", "--num-inference-steps", 1, "--output", "new"]
+    code, _, stderr = cli("evaluate", tiny_folder, *words)
+    assert code == 1
+    assert stderr.count("\n") == 1
+    assert "ValueError: one two" in stderr
+    assert "the pictures are in new/images" in stderr
+    assert len(list(Path("new").glob("images/*/samples/*.png"))) == 2 * 4
 
 
 # The command line itself

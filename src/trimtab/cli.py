@@ -64,7 +64,8 @@ def evaluate(
     """Score a model on a suite of prompts with fixed seeds; the same call gives the same numbers."""
     from trimtab import inference
 
-    folder = output or Path("evaluations") / f"{Path(model).name}-{Path(suite).stem}-cfg{guidance_scale:g}-seed{seed}"
+    of = "-".join(_short(name) for name in (model, *(adapter or [])))
+    folder = output or Path("evaluations") / f"{of}-{Path(suite).stem}-cfg{guidance_scale:g}-seed{seed}"
     with Terminal() as display:
         results = inference.evaluate_model(
             model, adapter or [], suite, folder, display,
@@ -163,6 +164,12 @@ def recipes() -> None:
     console.print(table)
 
 
+def _short(model: str) -> str:
+    """What a model or an adapter is called in a folder's name; an `export` is called as its run."""
+    path = Path(model).resolve()
+    return path.parent.name if path.name == "export" else path.name
+
+
 class Terminal:
     """A progress line with rate and remaining time; plain lines where the output is not a terminal."""
 
@@ -242,5 +249,6 @@ def main() -> None:
 
 def _failed(sentence: str, code: int) -> int:
     if sentence:  # it is empty after the help that a bare `trimtab` prints
-        Console(stderr=True).print(f"trimtab: {sentence}", highlight=False, markup=False, soft_wrap=True)
+        line = " ".join(filter(None, map(str.strip, sentence.splitlines())))  # a user's own exception may have several
+        Console(stderr=True).print(f"trimtab: {line}", highlight=False, markup=False, soft_wrap=True)
     return code
