@@ -1,6 +1,7 @@
 """Bad input is one sentence on stderr and exit code 2, before any weights load; and what the recipes are."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,10 @@ def test_a_misspelt_key_is_refused_with_the_nearest_name(refused, recipe, overri
         ("name=a/b", "name"),
         ("name=..", "name"),
         ("name=", "a text"),
+        ("name='a b'", "give letters, digits, _, - and dots, and begin with no - or dot"),
+        ("data.pictures=''", "a text"),
+        ("data.prompts=''", "name nothing; give 'blocks'"),
+        ("method.name=agsm", "is a setting of crd and diffusion-nft, and method.name is agsm; leave it out"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_out_of_range_is_refused_with_what_it_may_be(refused, recipe, override, says):
@@ -564,6 +569,10 @@ def test_a_reward_that_fails_leaves_the_pictures_and_one_line(cli, recipe, tiny_
         (["train", "crd-micro", "--resmue"], "--resmue"),
         (["sample", "micro"], "--prompt"),
         (["sample", "micro", "-p", "a", "--guidance-scale", "-1"], "--guidance-scale"),
+        (["sample", "micro", "-p", "a", "--guidance-scale", "inf"], "--guidance-scale': inf is not a finite number"),
+        (["sample", "micro", "-p", "a", "--guidance-scale", "nan"], "--guidance-scale"),
+        (["evaluate", "micro", "--guidance-scale", "inf"], "--guidance-scale': inf is not a finite number"),
+        (["evaluate", "micro", "--suite", ""], "name nothing; give 'blocks'"),
         (["sample", "micro", "-p", "a", "--num-images", "0"], "--num-images"),
         (["evaluate", "micro", "--num-inference-steps", "many"], "--num-inference-steps"),
         (["evaluate", "micro", "--suite", "nowhere"], "'nowhere' do not exist"),
@@ -611,6 +620,28 @@ def test_recipes_lists_every_recipe_with_a_line_about_it(cli):
     assert NAMES
     for name in NAMES:
         assert len(next(line for line in stdout.splitlines() if line.split()[:1] == [name])) > len(name) + 20
+
+
+def test_a_recipe_s_description_is_told_to_its_end(cli):
+    _, stdout, _ = cli("recipes")
+    assert "Candidates of a prompt start near each other, so that they share a layout" in " ".join(stdout.split())
+
+
+def test_recipes_are_listed_without_torch_and_the_hub_s_retries_are_not_told():
+    script = """
+import logging, sys
+from trimtab.cli import main
+main()
+assert "torch" not in sys.modules
+from huggingface_hub import hf_hub_download
+assert not logging.getLogger("huggingface_hub").isEnabledFor(logging.WARNING)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, "recipes"], capture_output=True, text=True, check=False, env=env
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
