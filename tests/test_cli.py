@@ -1,6 +1,7 @@
 """Bad input is one sentence on stderr and exit code 2, before any weights load; and what the recipes are."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,13 @@ from trimtab.pipelines import adapters, few_step, loading
 from trimtab.pipelines.sd3 import SD3
 from trimtab.run import RECIPES, load_config
 
-REWARD = "def brightness(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+REWARD = """
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+def raises(images, prompts, metadata):
+    raise ValueError("one\\n  two")
+"""
 HOLDER = """
 import sys
 from trimtab.files import lock
@@ -142,11 +149,38 @@ def test_a_misspelt_key_is_refused_with_the_nearest_name(refused, recipe, overri
         ("name=a/b", "name"),
         ("name=..", "name"),
         ("name=", "a text"),
+        ("name='a b'", "give letters, digits, _, - and dots, and begin with no - or dot"),
+        ("data.pictures=''", "a text"),
+        ("data.prompts=''", "name nothing; give 'blocks'"),
+        ("method.name=agsm", "is a setting of crd and diffusion-nft, and method.name is agsm; leave it out"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_out_of_range_is_refused_with_what_it_may_be(refused, recipe, override, says):
     sentence = refused("train", recipe(), override)
-    assert override.split("=")[0] in sentence
+    assert override.split("=")[0].rpartition(".")[2] in sentence
+    assert says in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "says"),
+    [
+        ("crd-micro", "data.pairs=nofile.jsonl", "only method.name=drpo method.variant=offline learns from pairs"),
+        ("gndm-micro-4step", "data.pairs=x.jsonl", "only method.name=drpo method.variant=offline learns from pairs"),
+        ("agsm-micro", "data.pairs=x.jsonl", "only method.name=drpo method.variant=offline learns from pairs"),
+        ("pretrain-micro", "data.pairs=x.jsonl", "only method.name=drpo method.variant=offline learns from pairs"),
+        ("crd-micro", "data.pictures=nofolder", "only agsm, softrepa, and dmd2 with method.gan_weight above 0 learn"),
+        ("dmd2-micro-4step", "data.pictures=nofolder", "and dmd2 with method.gan_weight above 0 learn from pictures"),
+        ("drpo-micro-turbo-offline", "data.pictures=nofolder", "learn from pictures; leave it out"),
+        ("pretrain-micro", "data.prompts=nofile.txt", "pretrain-micro draws its own data"),
+        ("pretrain-micro", "rewards={nofile.py:f: 1.0}", "pretrain-micro has none"),
+        ("pretrain-micro", "evaluation.suite=nofile.txt", "pretrain-micro is not evaluated"),
+        ("agsm-micro", "model.finetune_type=full", "agsm trains soft tokens alone"),
+    ],
+)
+def test_what_the_method_would_never_look_at_is_refused(refused, name, override, says):
+    sentence = refused("train", name, override)
+    assert sentence.startswith(f"{override.split('=')[0]}")
+    assert "is given, and " in sentence
     assert says in sentence
 
 
@@ -307,8 +341,19 @@ def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
         ({"name": "gndm", "reward_start": 5}, [], "so that rewards would never count"),
         ({"name": "dmd2"}, [], "dmd2 trains on no reward"),
         ({"name": "dmdr", "reward_start": 0}, [], "'reward.py:brightness' has none"),
+        (
+            {"name": "dmdr", "fake_warmup": 3},
+            ["optimizer.lr_warmup_steps=9"],
+            "method.fake_warmup=3 is over before the learning rate",
+        ),
+        ({"name": "gndm", "fake_warmup": 3}, ["rewards={}", "optimizer.lr_warmup_steps=9"], "set one of them to 0"),
         ({"name": "dmd2", "normaliser": "binned"}, ["rewards={}"], "method.normaliser"),
         ({"name": "crd"}, ["optimizer.learning_rates={fake: 0.1}"], "that learn are default"),
+        (
+            {"name": "draft"},
+            ["rollout.num_inference_steps=1", "evaluation.guidance_scale=2"],
+            "give evaluation.num_inference_steps=1 evaluation.guidance_scale=1.",
+        ),
     ],
 )
 def test_a_student_that_could_not_learn_what_is_asked_is_refused(refused, recipe, method, words, says):
@@ -380,12 +425,9 @@ def test_a_folder_without_an_adapter_is_refused(refused, recipe, tiny_folder):
     assert adapters.LORA_FILE in refused("sample", tiny_folder, "-p", "a dog", "--adapter", ".")
 
 
-def test_a_lora_target_that_the_network_lacks_is_refused_and_leaves_no_run_behind(cli, recipe, tmp_path):
-    # Only the network knows its modules, so weights do load here.
-    code, _, stderr = cli("train", recipe(), "model.target_modules=[to_z]")
-    assert code == 2
-    assert stderr.count("\n") == 1
-    assert "LoRA target 'to_z' names no module; choose from" in stderr
+def test_a_lora_target_that_the_network_lacks_is_refused_and_leaves_no_run_behind(refused, recipe, tmp_path):
+    sentence = refused("train", recipe(), "model.target_modules=[to_q, to_z]")
+    assert "LoRA target 'to_z' names no module; choose from" in sentence
     assert not (tmp_path / "runs" / "mine" / "config.yaml").exists()  # else the mended recipe could not start
 
 
@@ -439,6 +481,83 @@ def test_prompts_that_cannot_be_shared_by_the_processes_are_refused(refused, rec
     assert "2 prompts can't be shared by 4 processes" in refused("train", recipe())
 
 
+def test_fewer_prompts_than_a_step_takes_are_told(refused, recipe, monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # so that it goes no further
+    refused("train", recipe(), "rollout.num_prompts=16")
+    assert "rollout.num_prompts is 16, and there are fewer, 2: each step takes all" in caplog.text
+
+
+# Evaluations
+
+
+@pytest.fixture
+def taken(recipe, tiny_folder):
+    """A folder, `taken`, that says it is an evaluation of the tiny model by `--suite prompts.txt`."""
+    found = {
+        "model": str(tiny_folder), "adapters": [], "suite": "prompts.txt", "images_per_prompt": 4,
+        "num_inference_steps": 40, "guidance_scale": 1.0, "seed": 0, "resolution": None, "precision": "no",
+        "few_step": False, "scores": {"reward.py:brightness": {}},
+    }  # fmt: skip
+    folder = Path("taken")
+    folder.mkdir()
+    write(folder / "results.json", json.dumps(found))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--adapter", "lora"], "with adapters=[], and this one has ['lora']; give --output another folder"),
+        (["--images-per-prompt", "1"], "with images_per_prompt=4, and this one has 1"),
+        (["--num-inference-steps", "2"], "with num_inference_steps=40, and this one has 2"),
+        (["--guidance-scale", "2"], "with guidance_scale=1.0, and this one has 2.0"),
+        (["--seed", "2"], "with seed=0, and this one has 2"),
+        (["--resolution", "32"], "with resolution=None, and this one has 32"),
+        (["--mixed-precision", "bf16"], "with precision='no', and this one has 'bf16'"),
+        (["--suite", "blocks"], "with suite='prompts.txt', and this one has 'blocks'"),
+        (["--reward", "recognizer"], "holds scores of 'reward.py:brightness', which would be lost; give --reward"),
+    ],
+)
+def test_an_evaluation_does_not_replace_another(refused, taken, tiny_folder, words, says):
+    before = (taken / "results.json").read_bytes()
+    assert says in refused("evaluate", tiny_folder, "--suite", "prompts.txt", "--output", taken, *words)
+    assert (taken / "results.json").read_bytes() == before
+    assert "model='" in refused("evaluate", "micro", "--suite", "prompts.txt", "--output", taken)
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[1]"])
+def test_a_folder_whose_results_are_none_is_refused(refused, taken, tiny_folder, text):
+    write(taken / "results.json", text)
+    assert "cannot be read" in refused("evaluate", tiny_folder, "--output", taken)
+
+
+def test_the_default_folder_names_the_adapters(cli, recipe, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "trimtab.inference.evaluate_model", lambda *args, **how: asked.append(args[3]) or {"scores": {}}
+    )
+    asked = []
+    assert (
+        cli("evaluate", "micro", "--adapter", "runs/mine/export", "--adapter", "lora", "--suite", "prompts.txt")[0] == 0
+    )
+    (tmp_path / "runs" / "full" / "export").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs" / "full" / "export")
+    assert cli("evaluate", ".")[0] == 0
+    assert [str(folder) for folder in asked] == [
+        "evaluations/micro-mine-lora-prompts-cfg1-seed0",
+        "evaluations/full-blocks-cfg1-seed0",
+    ]
+
+
+def test_a_reward_that_fails_leaves_the_pictures_and_one_line(cli, recipe, tiny_folder):
+    words = ["--suite", "prompts.txt", "--reward", "reward.py:raises", "--num-inference-steps", 1, "--output", "new"]
+    code, _, stderr = cli("evaluate", tiny_folder, *words)
+    assert code == 1
+    assert stderr.count("\n") == 1
+    assert "ValueError: one two" in stderr
+    assert "the pictures are in new/images" in stderr
+    assert len(list(Path("new").glob("images/*/samples/*.png"))) == 2 * 4
+
+
 # The command line itself
 
 
@@ -450,6 +569,10 @@ def test_prompts_that_cannot_be_shared_by_the_processes_are_refused(refused, rec
         (["train", "crd-micro", "--resmue"], "--resmue"),
         (["sample", "micro"], "--prompt"),
         (["sample", "micro", "-p", "a", "--guidance-scale", "-1"], "--guidance-scale"),
+        (["sample", "micro", "-p", "a", "--guidance-scale", "inf"], "--guidance-scale': inf is not a finite number"),
+        (["sample", "micro", "-p", "a", "--guidance-scale", "nan"], "--guidance-scale"),
+        (["evaluate", "micro", "--guidance-scale", "inf"], "--guidance-scale': inf is not a finite number"),
+        (["evaluate", "micro", "--suite", ""], "name nothing; give 'blocks'"),
         (["sample", "micro", "-p", "a", "--num-images", "0"], "--num-images"),
         (["evaluate", "micro", "--num-inference-steps", "many"], "--num-inference-steps"),
         (["evaluate", "micro", "--suite", "nowhere"], "'nowhere' do not exist"),
@@ -497,6 +620,28 @@ def test_recipes_lists_every_recipe_with_a_line_about_it(cli):
     assert NAMES
     for name in NAMES:
         assert len(next(line for line in stdout.splitlines() if line.split()[:1] == [name])) > len(name) + 20
+
+
+def test_a_recipe_s_description_is_told_to_its_end(cli):
+    _, stdout, _ = cli("recipes")
+    assert "Candidates of a prompt start near each other, so that they share a layout" in " ".join(stdout.split())
+
+
+def test_recipes_are_listed_without_torch_and_the_hub_s_retries_are_not_told():
+    script = """
+import logging, sys
+from trimtab.cli import main
+main()
+assert "torch" not in sys.modules
+from huggingface_hub import hf_hub_download
+assert not logging.getLogger("huggingface_hub").isEnabledFor(logging.WARNING)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_VERBOSITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, "recipes"], capture_output=True, text=True, check=False, env=env
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -236,6 +236,47 @@ def test_the_sentence_of_a_refusal_opens_with_where_the_data_came_from():
         validate(Run, {"steps": "x"})
 
 
+class Crd(Strict):
+    name: Literal["crd"] = "crd"
+    beta: float = 0.0
+    share: float = 0.0
+
+
+class Nft(Strict):
+    name: Literal["nft"] = "nft"
+    beta: float = 0.0
+
+
+class Dpo(Strict):
+    name: Literal["dpo"] = "dpo"
+
+
+class Tagged(Strict):
+    method: Crd | Nft | Dpo = Field(discriminator="name")
+    betas: float = 0.0
+    shares: float = 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (
+            {"name": "nft", "share": 1},
+            r"^method\.share is a setting of crd, and method\.name is nft; leave it out, or ",
+        ),
+        ({"name": "dpo", "beta": 1}, r"beta is a setting of crd and nft, .* section whole, as method='\{name: dpo\}'$"),
+        ({"name": "dpo", "shore": 1}, "^unknown key method.shore .* did you mean shares"),
+        ({"name": "spo", "beta": 1}, "^method.name is "),
+        ({"name": ["crd"], "beta": 1}, "^method.name is "),
+        ({"beta": 1}, "^key method.name is missing"),
+        (3, "^method is 3"),
+    ],
+)
+def test_a_setting_that_another_name_left_behind_is_told_as_such(method, words):
+    with pytest.raises(UserError, match=words):
+        validate(Tagged, {"method": method})
+
+
 # --- recipes
 
 

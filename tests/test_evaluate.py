@@ -11,6 +11,7 @@ from PIL import Image
 
 from trimtab import evaluate, inference
 from trimtab.batch import Prompts
+from trimtab.errors import UserError
 from trimtab.evaluate import Setting
 from trimtab.worlds import blocks
 
@@ -138,6 +139,86 @@ def test_a_suite_without_facts_is_scored_by_what_it_is_given(tmp_path):
     assert set(written["scores"]["mine"]["tags"]) == {"all"}
     assert "frechet_distance" not in written
     assert set(written["image_statistics"]) >= {"brightness", "saturation"}
+
+
+def found_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.mark.usefixtures("drawn")
+def test_pictures_of_another_evaluation_never_stay(tmp_path, monkeypatch):
+    _, rows = results(tmp_path)
+    kept = tmp_path / "images/00001/notes.txt"
+    kept.write_text("not ours")
+    monkeypatch.setattr(evaluate, "generate", lambda *args: (torch.rand(1, 3, 64, 64), torch.zeros(1, 8, 8, 8)))
+    one = Prompts(PROMPTS.text[:1], PROMPTS.metadata[:1], (0,))
+    evaluate.evaluate(None, "default", one, replace(SETTING, images_per_prompt=1), tmp_path)
+    files = [name for name in found_in(tmp_path) if (tmp_path / name).is_file()]
+    ours = ["images.jsonl", "images/00000/metadata.jsonl", "images/00000/samples/0000.png", "results.json"]
+    assert files == sorted([*ours, "images/00001/notes.txt"])
+    assert not (tmp_path / "images/00002").exists()  # GenEval's own scripts would look into it
+    assert rows[5]["file"] == "images/00002/samples/0001.png"
+
+
+def test_a_reward_that_raises_costs_the_scores_and_no_picture(drawn, tmp_path, monkeypatch):
+    def raises(images, prompts, metadata):
+        raise UserError("no")
+
+    with pytest.raises(UserError):
+        evaluate.evaluate(None, "default", PROMPTS, SETTING, tmp_path / "new", rewards={"mine": raises})
+    assert len(list(tmp_path.glob("new/images/*/samples/*.png"))) == 6
+    assert not (tmp_path / "new" / "results.json").exists()
+    results(tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    for changed in (False, True):
+        pictures = 1 - drawn if changed else drawn
+        monkeypatch.setattr(evaluate, "generate", lambda *args, found=pictures: (found, torch.zeros(6, 8, 8, 8)))
+        with pytest.raises(UserError):
+            evaluate.evaluate(None, "default", PROMPTS, SETTING, tmp_path, rewards={"mine": raises})
+        if changed:  # what stood there was said of other pictures
+            assert not (tmp_path / "results.json").exists()
+            assert not (tmp_path / "images.jsonl").exists()
+        else:
+            assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_a_folder_is_written_again_by_the_same_call_only(tiny_folder, tmp_path):
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    folder, calls = tmp_path / "out", []
+
+    def evaluated(**how):
+        asked = {"num_inference_steps": 1, "images_per_prompt": 1, "guidance_scale": 1.0, "seed": 0} | how
+        calls.append(inference.evaluate_model(str(tiny_folder), [], str(tmp_path / "one.txt"), folder, QUIET, **asked))
+
+    evaluated()
+    evaluated()
+    assert calls[0] == calls[1]
+    before = (folder / "results.json").read_bytes()
+    with pytest.raises(UserError, match="with num_inference_steps=1, and this one has 40; give --output"):
+        evaluated(num_inference_steps=None)  # 40 are taken, as only the model knows
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_no_picture_replaces_another(tiny_folder, tmp_path):
+    def sampled(steps, text="a red circle"):
+        how = {"num_inference_steps": steps, "images_per_prompt": 2, "seed": 0, "guidance_scale": 1.0}
+        return inference.sample(str(tiny_folder), [], [text], tmp_path, QUIET, **how)
+
+    first = sampled(1)
+    before = [file.read_bytes() for file in first]
+    assert [file.name for file in first] == [f"000-a-red-circle-seed{s}.png" for s in (0, 1)]
+    assert [file.name for file in sampled(2)] == [f"001-a-red-circle-seed{s}.png" for s in (0, 1)]
+    assert [file.name for file in sampled(1, "two stars")] == [f"000-two-stars-seed{s}.png" for s in (0, 1)]
+    assert sampled(1) == first  # the same pictures once more
+    assert [file.read_bytes() for file in first] == before
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_a_long_prompt_in_any_script_makes_a_file_s_name(tiny_folder, tmp_path):
+    (file,) = inference.sample(
+        str(tiny_folder), [], ["\u72ac" * 200], tmp_path, QUIET, num_inference_steps=1, images_per_prompt=1, seed=2**62
+    )
+    assert file.is_file()
 
 
 def test_true_scenes_lie_nearer_to_real_ones_than_blank_pictures(tmp_path, monkeypatch):

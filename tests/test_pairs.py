@@ -78,10 +78,17 @@ def test_a_line_that_cannot_be_used_is_named_or_left_out(folder, bad, words, cap
     assert "1 comparisons in" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["nothing.jsonl", "pairs.csv", "sub"])
-def test_what_is_no_file_of_pairs_is_refused(folder, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nothing.jsonl", r"there is no file '.*nothing\.jsonl' of pairs; `trimtab pairs RUN` writes one"),
+        ("sub", r"there is no file '.*sub' of pairs; `trimtab pairs RUN` writes one"),
+        ("pairs.csv", r"pairs\.csv' are no \.jsonl or \.parquet file; `trimtab pairs RUN` writes one"),
+    ],
+)
+def test_what_is_no_file_of_pairs_is_refused(folder, name, words):
     (folder / "pairs.csv").write_text("prompt,chosen\n")
-    with pytest.raises(UserError, match=r"are no \.jsonl or \.parquet file; `trimtab pairs RUN` writes one"):
+    with pytest.raises(UserError, match=words):
         load_pairs(str(folder / name), "stop")
 
 

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from trimtab import run
+from trimtab import run, wiring
 from trimtab.optimizer import lr_factor
 from trimtab.recipe import DataConfig, ModelConfig
 from trimtab.wiring import CAPTIONED, DISTILLATION, ONE_STEP, ONLINE, PRETRAIN
@@ -17,6 +17,13 @@ def test_a_built_in_recipe_is_sound_and_named_after_its_file(name):
     config = run.load_config(name)
     assert config.name == name
     assert config.method.name in {**ONLINE, **CAPTIONED, **DISTILLATION, **ONE_STEP, **PRETRAIN}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_built_in_recipe_names_nothing_that_its_method_would_never_look_at(name):
+    config = run.load_config(name)
+    wiring._check_read(config)
+    assert not (getattr(config.method, "fake_warmup", 0) and config.optimizer.lr_warmup_steps)
 
 
 @pytest.mark.parametrize("name", COCO)

@@ -101,5 +101,7 @@ def test_a_broken_file_is_named_with_the_line(file, what):
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"prompts 'blokcs' do not exist; give 'blocks', a \.txt or \.jsonl file"):
         load_prompts("blokcs")
+    with pytest.raises(UserError, match=r"prompts '' name nothing; give 'blocks', a \.txt or \.jsonl file"):
+        load_prompts("")
     with pytest.raises(UserError, match=r"test\.txt' do not exist"):
         load_prompts(str(tmp_path), "test")

@@ -1,6 +1,8 @@
 """The command line: verbs only. Bad input is one sentence and exit code 2; a run that had to stop is exit code 1."""
 
+import itertools
 import logging
+import math
 import os
 import shlex
 import sys
@@ -11,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from trimtab.errors import RunStopped, UserError
 
@@ -19,10 +22,18 @@ app = typer.Typer(
 )
 console = Console()
 
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number; give 1, which is off, or more, such as 4.5.")
+    return value
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as rollout.group_size=8.")]
 Adapter = Annotated[
     list[str] | None, typer.Option(help="The `export` folder of a run: a LoRA, or soft tokens; repeatable.")
 ]
+Guidance = Annotated[float, typer.Option(min=0, callback=_finite, help="1 is off.")]
 NumSteps = Annotated[int | None, typer.Option(min=1, help="Default: 40, or what a few-step student was made for.")]
 
 
@@ -54,7 +65,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Folder for results.json, images.jsonl and the pictures.")] = None,
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
     num_inference_steps: NumSteps = None,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
+    guidance_scale: Guidance = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="Score with this, too; repeatable.")] = None,
@@ -64,7 +75,8 @@ def evaluate(
     """Score a model on a suite of prompts with fixed seeds; the same call gives the same numbers."""
     from trimtab import inference
 
-    folder = output or Path("evaluations") / f"{Path(model).name}-{Path(suite).stem}-cfg{guidance_scale:g}-seed{seed}"
+    of = "-".join(_short(name) for name in (model, *(adapter or [])))
+    folder = output or Path("evaluations") / f"{of}-{Path(suite).stem}-cfg{guidance_scale:g}-seed{seed}"
     with Terminal() as display:
         results = inference.evaluate_model(
             model, adapter or [], suite, folder, display,
@@ -83,7 +95,7 @@ def sample(
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     num_inference_steps: NumSteps = None,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="1 is off.")] = 1.0,
+    guidance_scale: Guidance = 1.0,
     seed: Annotated[
         int, typer.Option(min=0, max=2**62, help="Picture i starts from torch.Generator().manual_seed(seed + i).")
     ] = 0,
@@ -155,12 +167,19 @@ def bench(
 @app.command()
 def recipes() -> None:
     """List the built-in recipes."""
-    from trimtab.run import RECIPES
+    from trimtab.config import RECIPES
 
     table = Table("recipe", "what it does", box=None)
     for path in sorted(RECIPES.glob("*.yaml")):
-        table.add_row(path.stem, path.read_text().splitlines()[0].lstrip("# "))
+        comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+        table.add_row(path.stem, Text(" ".join(line.lstrip("# ") for line in comment)))
     console.print(table)
+
+
+def _short(model: str) -> str:
+    """What a model or an adapter is called in a folder's name; an `export` is called as its run."""
+    path = Path(model).resolve()
+    return path.parent.name if path.name == "export" else path.name
 
 
 class Terminal:
@@ -225,7 +244,8 @@ def _print_table(results: dict[str, dict]) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # they warn of torchvision and of LoRAs without text encoders
+    # They warn of torchvision, of LoRAs without text encoders, and of each time that a name is asked for in vain.
+    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
@@ -242,5 +262,6 @@ def main() -> None:
 
 def _failed(sentence: str, code: int) -> int:
     if sentence:  # it is empty after the help that a bare `trimtab` prints
-        Console(stderr=True).print(f"trimtab: {sentence}", highlight=False, markup=False, soft_wrap=True)
+        line = " ".join(filter(None, map(str.strip, sentence.splitlines())))  # a user's own exception may have several
+        Console(stderr=True).print(f"trimtab: {line}", highlight=False, markup=False, soft_wrap=True)
     return code

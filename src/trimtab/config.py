@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +23,7 @@ from trimtab.errors import UserError
 from trimtab.explain import explain, show
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+RECIPES = Path(__file__).parent / "recipes"  # the built-in ones
 
 
 class Strict(BaseModel):
@@ -213,5 +214,26 @@ def validate(model: type[ModelT], data: dict, where: str = "") -> ModelT:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        sentence = explain(model, json.loads(text), error)
+        data = json.loads(text)
+        sentence = explain(model, data, error)
+        if "did you mean" in sentence:  # a name that only looks alike is no help with a key that belongs elsewhere
+            sentence = _of_another_choice(model, data) or sentence
         raise UserError(f"{where}: {sentence}" if where else sentence) from error
+
+
+def _of_another_choice(model: type[BaseModel], data: dict) -> str:
+    """What is wrong where a section's tag was changed and its other keys were not; "" if that is not the matter."""
+    for section, field in model.model_fields.items():
+        tag, given = field.discriminator, data.get(section)
+        if not tag or not isinstance(given, dict) or not isinstance(given.get(tag), str):
+            continue
+        known = [each.model_fields for each in get_args(field.annotation)]
+        choices = {get_args(fields[tag].annotation)[0]: fields for fields in known}
+        for key in given if given[tag] in choices else ():
+            others = [name for name, fields in choices.items() if key in fields]
+            if others and given[tag] not in others:
+                return (
+                    f"{section}.{key} is a setting of {' and '.join(others)}, and {section}.{tag} is {given[tag]}; "
+                    f"leave it out, or give the section whole, as {section}='{{{tag}: {given[tag]}}}'"
+                )
+    return ""

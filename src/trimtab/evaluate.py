@@ -46,6 +46,8 @@ MIN_IMAGES = 3  # precision and recall look at the third neighbour
 DRIFT_TIMES = 4  # evenly over (0, 1)
 REAL_PER_PROMPT = 16  # drawn scenes of each prompt, the other side of the Frechet distance
 PACKAGES = ("trimtab", "torch", "diffusers", "transformers", "peft", "numpy")
+OWN_SCORES = ("strict", "official", "recognizer")  # which need no reward, where the suite is one of blocks
+LAYOUT = ("images/[0-9]*/samples/[0-9]*.png", "images/[0-9]*/metadata.jsonl")  # GenEval's
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Setting:
     few_step: bool = False  # sampled as a student is, by predicting x0 and noising it afresh
     batch_size: int = 64
 
+    def described(self) -> dict[str, Any]:
+        """What results.json says of it: all that shapes a picture."""
+        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
+
 
 def evaluate(
     pipeline: Pipeline,
@@ -75,17 +81,21 @@ def evaluate(
     reference: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The results, also written to `folder`. `rewards` are scored beside what the suite itself knows to measure;
-    `described` (model, adapter, ...) is copied into the results; with a `reference` role they also tell the drift."""
+    """The results, also written to `folder`, the pictures before they are scored. `rewards` are scored beside what the
+    suite itself knows to measure; `described` (model, adapter, ...) is copied into the results; with a `reference` role
+    they also tell the drift."""
     group = torch.arange(len(prompts)).repeat_interleave(setting.images_per_prompt)  # (B,)
     seeds = [setting.seed + i for i in range(len(group))]
     images, latents = generate(pipeline, role, prompts, group, seeds, setting, progress)
+    places = [(int(g), i % setting.images_per_prompt) for i, g in enumerate(group)]
+    files = [f"images/{g:05d}/samples/{sibling:04d}.png" for g, sibling in places]
+    _place(folder, dict(zip(files, map(png, images), strict=True)) | _facts(prompts))
     text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
     columns, reasons = _scores(images, text, metadata, rewards or {})
     tags = [line.get("tag", "all") for line in metadata]
     results = {
         **(described or {}),
-        **{name: value for name, value in asdict(setting).items() if name != "batch_size"},
+        **setting.described(),
         "num_images": len(images),
         "scores": {name: _summary(values, group, tags) for name, values in columns.items()},
         **_look(images, group, prompts),
@@ -96,16 +106,17 @@ def evaluate(
         {
             "prompt": text[i],
             "tag": tags[i],
-            "prompt_index": int(group[i]),
-            "sibling": i % setting.images_per_prompt,
+            "prompt_index": places[i][0],
+            "sibling": places[i][1],
             "seed": seeds[i],
             **{name: _number(values[i]) for name, values in columns.items()},
             "reason": reasons[i],
-            "file": f"images/{int(group[i]):05d}/samples/{i % setting.images_per_prompt:04d}.png",
+            "file": files[i],
         }
         for i in range(len(images))
     ]
-    _write(folder, images, rows, prompts, results)
+    atomic_write(folder / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")  # last: it says that all is there
     return results
 
 
@@ -277,14 +288,24 @@ def _number(value: Tensor | float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _write(folder: Path, images: Tensor, rows: list[dict], prompts: Prompts, results: dict[str, Any]) -> None:
-    """GenEval's folder layout under `images/`, then the rows, and the results last: they say that all is there."""
-    for image, row in zip(images, rows, strict=True):
-        atomic_write(folder / row["file"], png(image))
-    for index, line in enumerate(prompts.metadata):
-        atomic_write(folder / f"images/{index:05d}/metadata.jsonl", json.dumps(dict(line)) + "\n")
-    atomic_write(folder / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+def _facts(prompts: Prompts) -> dict[str, bytes]:
+    """A file of each prompt's metadata, as GenEval has it."""
+    lines = [json.dumps(dict(line)) + "\n" for line in prompts.metadata]
+    return {f"images/{index:05d}/metadata.jsonl": line.encode() for index, line in enumerate(lines)}
+
+
+def _place(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Pictures and facts, and none but these. Where others stood, what was said of those goes first."""
+    there = {path.relative_to(folder).as_posix() for pattern in LAYOUT for path in folder.glob(pattern)}
+    if there == set(files) and all((folder / name).read_bytes() == data for name, data in files.items()):
+        return
+    for name in ("results.json", "images.jsonl", *sorted(there - set(files))):
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(folder.glob("images/[0-9]*/**/"), reverse=True):  # GenEval's own scripts enter every one
+        if not any(path.iterdir()):
+            path.rmdir()
+    for name, data in files.items():
+        atomic_write(folder / name, data)
 
 
 def png(image: Tensor) -> bytes:

@@ -1,7 +1,9 @@
 """A finished model at work: `trimtab evaluate` and `trimtab sample`."""
 
+import itertools
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 
 from trimtab import evaluate
 from trimtab.batch import Prompts
-from trimtab.errors import UserError
+from trimtab.errors import RunStopped, UserError
 from trimtab.files import atomic_write, check_folder
 from trimtab.pipelines import Pipeline, loading
 from trimtab.rewards import build as build_rewards
+from trimtab.rewards.composite import RewardFailed
 from trimtab.wiring import TRAINED, Display
 from trimtab.worlds.files import load_prompts
 
@@ -32,21 +35,54 @@ def evaluate_model(
     resolution: int | None = None,
     **how: Any,
 ) -> dict[str, Any]:
-    """`trimtab evaluate`: the results, also in `folder`."""
+    """`trimtab evaluate`: the results, also in `folder`. UserError where that holds an evaluation of something else;
+    RunStopped where a reward fails for all pictures, which are kept."""
     check_folder(folder)
+    about = {"model": model, "adapters": list(adapters)}
+    asked = {"suite": suite, "precision": precision, "resolution": resolution, **how}
+    calls = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    _check_same(folder, {name: x for name, x in (about | asked | calls).items() if name != "batch_size"}, rewards)
     prompts = load_prompts(suite, "test")
     extra = build_rewards(dict.fromkeys(rewards, 1.0), prompts).alone() if rewards else {}
     pipeline, role = _opened(model, adapters, precision, resolution)
-    return evaluate.evaluate(
-        pipeline,
-        role,
-        prompts,
-        _setting(pipeline, num_inference_steps, suite=suite, precision=precision, resolution=resolution, **how),
-        folder,
-        rewards=extra,
-        described={"model": model, "adapters": list(adapters)},
-        progress=lambda done, total: display.progress("evaluating", done, total),
-    )
+    setting = _setting(pipeline, num_inference_steps, **asked)
+    _check_same(folder, about | setting.described(), rewards)  # how many calls a student takes is known now
+    try:
+        return evaluate.evaluate(
+            pipeline,
+            role,
+            prompts,
+            setting,
+            folder,
+            rewards=extra,
+            described=about,
+            progress=lambda done, total: display.progress("evaluating", done, total),
+        )
+    except RewardFailed as error:
+        raise RunStopped(f"{str(error).rstrip('.')}; the pictures are in {folder / 'images'}.") from error
+
+
+def _check_same(folder: Path, asked: Mapping[str, Any], rewards: Sequence[str]) -> None:
+    """UserError if the folder holds an evaluation of another thing than what is asked for, which would replace it."""
+    file = folder / "results.json"
+    if not file.is_file():
+        return
+    try:
+        found = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); give --output another folder.") from error
+    for name, value in asked.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{folder} holds an evaluation with {name}={found.get(name)!r}, and this one has {value!r}; give "
+                "--output another folder."
+            )
+    lost = set(found.get("scores") or ()) - {*rewards, *evaluate.OWN_SCORES}
+    if lost:
+        raise UserError(
+            f"{folder} holds scores of {min(lost)!r}, which would be lost; give --reward {min(lost)} as well, or "
+            "--output another folder."
+        )
 
 
 def sample(
@@ -61,7 +97,7 @@ def sample(
     resolution: int | None = None,
     **how: Any,
 ) -> list[Path]:
-    """`trimtab sample`: the files written, one a picture, named by prompt and seed."""
+    """`trimtab sample`: the files written, one a picture, named by prompt and seed. None replaces another picture."""
     check_folder(folder)
     pipeline, role = _opened(model, adapters, precision, resolution)
     setting = _setting(pipeline, num_inference_steps, suite="", precision=precision, resolution=resolution, **how)
@@ -72,12 +108,23 @@ def sample(
     images, _ = evaluate.generate(
         pipeline, role, prompts, group, seeds, setting, lambda done, total: display.progress("sampling", done, total)
     )
-    files = [
-        folder / f"{g:03d}-{_slug(texts[g])}-seed{seed}.png" for g, seed in zip(group.tolist(), seeds, strict=True)
-    ]
-    for file, image in zip(files, images, strict=True):
-        atomic_write(file, evaluate.png(image))
-    return files
+    names = [(g, f"{_slug(texts[g])}-seed{seed}.png") for g, seed in zip(group.tolist(), seeds, strict=True)]
+    files = _free(folder, names, [evaluate.png(image) for image in images])
+    for file, data in files.items():
+        atomic_write(file, data)
+    return list(files)
+
+
+def _free(folder: Path, names: Sequence[tuple[int, str]], contents: Sequence[bytes]) -> dict[Path, bytes]:
+    """Files with their contents, counted from the first number at which no other picture has such a name."""
+
+    def counted(first: int) -> dict[Path, bytes]:
+        return {folder / f"{first + g:03d}-{name}": data for (g, name), data in zip(names, contents, strict=True)}
+
+    def fits(files: Mapping[Path, bytes]) -> bool:
+        return all(not file.exists() or file.read_bytes() == data for file, data in files.items())
+
+    return next(filter(fits, map(counted, itertools.count())))
 
 
 def _opened(model: str, adapters: Sequence[str], precision: str, resolution: int | None) -> tuple[Pipeline, str]:
@@ -100,4 +147,5 @@ def _setting(pipeline: Pipeline, num_inference_steps: int | None, **how: Any) ->
 
 
 def _slug(text: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in text).split())[:80] or "prompt"
+    words = "-".join("".join(c if c.isalnum() else " " for c in text).split())
+    return words.encode()[:80].decode(errors="ignore") or "prompt"  # a file's name is limited in bytes

@@ -1,9 +1,10 @@
 """What a recipe may say: the sections of a run's configuration, all but `method`, which each paper's file defines."""
 
+import re
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from trimtab.captioned import CaptionedConfig
 from trimtab.config import Strict
@@ -68,7 +69,8 @@ class DataConfig(Strict):
     """Prompts for methods that sample, pictures with captions for those that learn from pictures."""
 
     prompts: str = "blocks"  # or a .txt or .jsonl file, or a folder with `train` and `test` files
-    pictures: str = "blocks"  # or a folder with metadata.jsonl (file_name, text), or with a .txt beside each picture
+    # Or a folder with metadata.jsonl (file_name, text), or with a .txt beside each picture.
+    pictures: str = Field("blocks", min_length=1)
     pairs: str | None = None  # a .jsonl (prompt, chosen, rejected) or .parquet file, for those that learn offline
     on_error: Literal["stop", "skip"] = "stop"  # for a picture or caption that can't be used
     num_workers: int = Field(2, ge=0)  # processes that decode pictures
@@ -103,7 +105,7 @@ class EvaluationConfig(Strict):
 class RunConfig(Strict):
     """A whole recipe."""
 
-    name: str = Field(pattern=r"^\w[\w.-]*$")
+    name: str
     seed: int = Field(42, ge=0, le=2**62)
     output_dir: str = "runs"
     method: MethodConfig
@@ -114,3 +116,10 @@ class RunConfig(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError("a folder is called so; give letters, digits, _, - and dots, and begin with no - or dot")
+        return name

@@ -291,7 +291,7 @@ def _inject(network: nn.Module, roles: Sequence[str], lora: LoraSettings) -> dic
     """Put one adapter per role into the network, float32 at least; its own weights are frozen."""
     if lora.target_modules is None:
         raise ValueError("a LoRA without target modules was given; name some, or let loading.load take the pipeline's")
-    _check_targets(network, lora.target_modules)
+    check_targets(network, lora.target_modules)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # PEFT draws values, which are not used
         tuner = LoraModel(network, {roles[0]: lora.peft_config()}, roles[0])
         for role in roles[1:]:
@@ -317,7 +317,7 @@ def _check_names(trained: Sequence[str], names: Sequence[str]) -> None:
         )
 
 
-def _check_targets(network: nn.Module, targets: Iterable[str]) -> None:
+def check_targets(network: nn.Module, targets: Iterable[str]) -> None:
     """UserError unless each target ends the name of a Linear module, and of nothing else."""
     modules = dict(network.named_modules())
     if any(isinstance(module, BaseTunerLayer) for module in modules.values()):

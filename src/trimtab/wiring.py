@@ -20,6 +20,7 @@ from trimtab.recipe import RunConfig
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards.composite import Composite
+from trimtab.roles import check_targets
 from trimtab.rollout import Rollouts
 from trimtab.student import Student
 from trimtab.worlds.files import load_prompts
@@ -46,6 +47,8 @@ PRETRAIN = {
     "pretrain-recognizer": pretrain.PretrainRecognizer,
 }
 TRAINED = "default"
+READS_PAIRS = "only method.name=drpo method.variant=offline learns from pairs"
+READS_PICTURES = "only agsm, softrepa, and dmd2 with method.gan_weight above 0 learn from pictures"
 
 
 class Display(Protocol):
@@ -99,6 +102,7 @@ class Inputs:
 
 def check(config: RunConfig) -> Inputs:
     """Read what the recipe names and be certain of the model: all that can fail before weights load."""
+    _check_read(config)
     if config.method.name in PRETRAIN:
         return Inputs()
     strange = set(config.optimizer.learning_rates) - set(getattr(config.method, "trained_roles", (TRAINED,)))
@@ -108,6 +112,8 @@ def check(config: RunConfig) -> Inputs:
     model = config.model.pretrained_model_name_or_path
     loading.resolve(model)
     loading.check_resolution(model, config.model.resolution)
+    if config.model.lora is not None and config.model.target_modules is not None:
+        check_targets(loading.skeleton(model), config.model.target_modules)
     adapters = loading.check_adapters(config.model.adapters, model)
     _check_tokens_below(config, adapters)
     if config.method.name not in ONE_STEP:
@@ -117,6 +123,25 @@ def check(config: RunConfig) -> Inputs:
         return replace(_captioned_inputs(config), adapters=adapters)
     kinds = {**dict.fromkeys(DISTILLATION, _distillation_inputs), **dict.fromkeys(ONE_STEP, _one_step_inputs)}
     return replace(kinds.get(config.method.name, _online_inputs)(config), adapters=adapters)
+
+
+def _check_read(config: RunConfig) -> None:
+    """UserError for what a recipe names and its method would never look at, be it right or wrong."""
+    name, data = config.method.name, config.data
+    drawing, captioned = name in PRETRAIN, name in CAPTIONED
+    pictures = captioned or getattr(config.method, "wants_pictures", False)
+    offline = getattr(config.method, "variant", None) == "offline"
+    in_vain = {
+        "data.pairs": (data.pairs is not None and not offline, READS_PAIRS),
+        "data.pictures": (data.pictures != "blocks" and not pictures, READS_PICTURES),
+        "data.prompts": (data.prompts != "blocks" and drawing, f"{name} draws its own data"),
+        "rewards": (bool(config.rewards) and drawing, f"{name} has none"),
+        "evaluation.suite": (config.evaluation.suite is not None and drawing, f"{name} is not evaluated"),
+        "model.finetune_type=full": (config.model.lora is None and captioned, f"{name} trains soft tokens alone"),
+    }
+    for key, (given, why) in in_vain.items():
+        if given:
+            raise UserError(f"{key} is given, and {why}; leave it out.")
 
 
 def _check_tokens_below(config: RunConfig, adapters: Adapters) -> None:
@@ -153,6 +178,11 @@ def _distillation_inputs(config: RunConfig) -> Inputs:
             f"a student of rollout.num_inference_steps={calls} is sampled so, and without guidance; give "
             f"evaluation.num_inference_steps={calls} evaluation.guidance_scale=1."
         )
+    if config.method.fake_warmup and config.optimizer.lr_warmup_steps:
+        raise UserError(
+            f"method.fake_warmup={config.method.fake_warmup} is over before the learning rate, which grows over "
+            f"optimizer.lr_warmup_steps={config.optimizer.lr_warmup_steps} steps, has begun to; set one of them to 0."
+        )
     if config.rollout.merge_lora and getattr(config.method, "reuse", 1) > 1:
         raise UserError(
             "a rollout that is used again is compared with what drew it, to more digits than merged weights keep; "
@@ -183,15 +213,13 @@ def _one_step_inputs(config: RunConfig) -> Inputs:
         )
     if evaluation.num_inference_steps not in (None, 1) or evaluation.guidance_scale != 1:
         raise UserError(
-            "a generator of one call is sampled so; give evaluation.num_inference_steps=1 guidance_scale=1."
+            "a generator of one call is sampled so; give evaluation.num_inference_steps=1 evaluation.guidance_scale=1."
         )
     if isinstance(method, drpo.DrPOConfig):
         side = config.model.resolution or loading.resolution(config.model.pretrained_model_name_or_path)
         features.check(method.features, loading.skeleton(config.model.pretrained_model_name_or_path), side)
         if method.variant == "offline":
             return _offline_inputs(config)
-    if config.data.pairs is not None:
-        raise UserError("data.pairs is given, and only method.name=drpo method.variant=offline learns from pairs.")
     inputs = _online_inputs(config)
     if isinstance(method, draft.DRaFTConfig):
         draft.DRaFT.check_rewards(inputs.rewards)
@@ -226,9 +254,10 @@ def _prompts(config: RunConfig) -> Prompts:
 
 def _check_share(config: RunConfig, prompts: Prompts) -> None:
     """UserError unless the prompts of a step can be shared by the processes."""
-    size = min(len(prompts), config.rollout.num_prompts)
-    if size < config.rollout.num_prompts:
-        logger.warning("only %d prompts for rollouts of %d", size, config.rollout.num_prompts)
+    wanted = config.rollout.num_prompts
+    size = min(len(prompts), wanted)
+    if size < wanted:
+        logger.warning("rollout.num_prompts is %d, and there are fewer, %d: each step takes all", wanted, size)
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say it
     if size % processes:
         raise UserError(

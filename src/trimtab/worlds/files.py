@@ -22,6 +22,8 @@ def load_prompts(source: str, split: str = "train") -> Prompts:
     """
     if source == "blocks":
         return _prompts([(line, "") for line in blocks.prompts(split, NUM_PER_TAG[split])])
+    if not source.strip():
+        raise UserError(f"prompts {source!r} name nothing; give 'blocks', a .txt or .jsonl file, or a folder of them.")
     path = _file(Path(source), split)
     lines = [(text, f"{path}, line {i}") for i, text in enumerate(_text(path).split("\n"), 1) if text.strip()]
     if not lines:

@@ -55,7 +55,9 @@ def load_pairs(source: str, on_error: OnError) -> Pairs:
     """
     path = Path(source)
     readers = {".jsonl": _jsonl, ".parquet": _parquet}
-    if path.suffix not in readers or not path.is_file():
+    if not path.is_file():
+        raise UserError(f"there is no file {source!r} of pairs; `trimtab pairs RUN` writes one.")
+    if path.suffix not in readers:
         raise UserError(f"pairs {source!r} are no .jsonl or .parquet file; `trimtab pairs RUN` writes one.")
     found: dict[str, tuple[list[Source], list[Source]]] = {}
     skipped = []
