@@ -135,11 +135,10 @@ def generate(
     num_calls = setting.num_inference_steps
     grid = pipeline.few_step_grid if setting.few_step else pipeline.time_grid
     times = grid(num_calls, setting.resolution)
-    condition = pipeline.encode(prompts.text)
     images, latents = [], []
     for part in torch.arange(len(group)).split(setting.batch_size):
         noises = _noises([seeds[i] for i in part], shape, num_calls if setting.few_step else 1).to(pipeline.device)
-        own = condition[group[part].to(pipeline.device)]
+        own = pipeline.encode([prompts.text[g] for g in group[part]])
         later = pipeline.between_calls(noises[1:]) if setting.few_step else None
         latents.append(sample(pipeline, noises[0], times, own, role, setting.guidance_scale, later=later))
         images.append(pipeline.decode(latents[-1]).cpu())
@@ -161,10 +160,9 @@ def drift(
 
     With the weight (1 - t) / t in place of 1 this would bound the KL divergence between them (docs/notation.md).
     """
-    condition = pipeline.encode(prompts.text)
     total = 0.0
     for part in torch.arange(len(group)).split(setting.batch_size):
-        x0, own = latents[part.to(latents.device)], condition[group[part].to(pipeline.device)]
+        x0, own = latents[part.to(latents.device)], pipeline.encode([prompts.text[g] for g in group[part]])
         for number in range(DRIFT_TIMES):
             t = torch.tensor((number + 0.5) / DRIFT_TIMES)
             eps = noise.normal([(setting.seed, int(i), number, noise.TRAINING) for i in part], x0.shape[1:])
@@ -255,7 +253,8 @@ def _interval(interval: Interval) -> dict[str, float | None]:
 
 def _look(images: Tensor, group: Tensor, prompts: Prompts) -> dict[str, Any]:
     """How the pictures look, apart from what they show: image statistics, and on blocks the distance to real scenes."""
-    statistics = {name: value.mean().item() for name, value in image_statistics(images).items()}
+    parts = [image_statistics(part) for part in images.split(64)]  # which take several times their pictures' memory
+    statistics = {name: torch.cat([each[name] for each in parts]).mean().item() for name in parts[0]}
     look: dict[str, Any] = {"image_statistics": statistics}
     if not _is_blocks(images, [dict(line) for line in prompts.metadata]):
         return look

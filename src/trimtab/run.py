@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from trimtab import checkpoint, evaluate
-from trimtab.config import dump, find_recipe, load_yaml, override, validate
+from trimtab.config import RECIPES, dump, find_recipe, load_yaml, override, validate
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import as_umask, atomic_write, lock
 from trimtab.learner import Record, accelerator
@@ -25,7 +25,6 @@ from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
 from trimtab.wiring import DISTILLATION, ONE_STEP, Display, Run, build, check
 
-RECIPES = Path(__file__).parent / "recipes"
 ABOUT = ("command", "revision", "versions")  # what config.yaml says beside the recipe
 MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_prompts",
