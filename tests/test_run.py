@@ -635,6 +635,17 @@ def test_a_run_that_breaks_between_updates_keeps_what_it_has(recipe, cli, monkey
     assert checkpoint.latest(Path("runs/mine")).name == "checkpoint-2"
 
 
+def test_a_run_from_before_a_setting_is_resumed_with_its_default_and_with_no_other_value(recipe, cli):
+    path = recipe(training={"max_train_steps": 1})
+    assert cli("train", path)[0] == 0
+    file = Path("runs/mine/config.yaml")
+    file.write_text("".join(line for line in file.open() if "noise_spread" not in line))
+    assert cli("train", path, "--resume")[0] == 0
+    code, _, err = cli("train", path, "rollout.noise_spread=0.5", "--resume")
+    assert code == 2
+    assert "has rollout.noise_spread=1.0 and the resumed run was given 0.5" in err
+
+
 def test_whoever_may_read_the_folder_may_read_the_weights(recipe, cli):
     assert cli("train", recipe(training={"max_train_steps": 1}))[0] == 0
     files = [*Path("runs/mine/export").iterdir(), *Path("runs/mine/checkpoint-1").iterdir()]

@@ -81,9 +81,10 @@ def _describe(run: Run, command: str) -> None:
 
 
 def _check_unchanged(config: RunConfig, file: Path) -> None:
-    """UserError where the recipe differs from the one of the interrupted run in anything that shapes the result."""
-    before = {key: value for key, value in load_yaml(file).items() if key not in ABOUT}
-    now = yaml.safe_load(dump(config))
+    """UserError where the recipe differs from the one of the interrupted run in anything that shapes the result. A
+    setting that there was not yet has its default, which is what was done then."""
+    given = {key: value for key, value in load_yaml(file).items() if key not in ABOUT}
+    before, now = (yaml.safe_load(dump(each)) for each in (validate(RunConfig, given, str(file)), config))
     changed = [key for key in {**_flat(before), **_flat(now)} if _flat(before).get(key) != _flat(now).get(key)]
     changed = [key for key in changed if key.rpartition(".")[2] not in MAY_CHANGE]
     if changed:
