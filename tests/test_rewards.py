@@ -6,6 +6,7 @@ import torch
 from trimtab import rewards
 from trimtab.batch import Prompts
 from trimtab.errors import UserError
+from trimtab.rewards.composite import AT_ONCE
 from trimtab.worlds import blocks
 
 
@@ -67,3 +68,6 @@ def test_rules_that_judge_the_same_pictures_share_one_reading(monkeypatch):
     assert {name: raw.unique().item() for name, raw in scored.raw.items()} == pytest.approx(expected)
     built.score(picture.clone(), ["a red circle"] * 2, [GOOD] * 2, torch.tensor([0, 0]))
     assert readings == [2, 2]
+    many = AT_ONCE + 1
+    built.score(torch.ones(many, 3, 64, 64), ["a red circle"] * many, [GOOD] * many, torch.zeros(many).long())
+    assert readings == [2, 2, AT_ONCE, 1]

@@ -565,6 +565,7 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(ready):
 
     class Spoilt:
         config, time_grid = method.rollouts.config, method.rollouts.time_grid
+        mean_length = method.rollouts.mean_length
 
         def collect(self, step, role):
             rollout, log = collect(step, role)

@@ -12,7 +12,7 @@ other, so all members of a group must be sums of the same terms:
 import logging
 import math
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 64  # images that a reward is asked about in one call
+Batch = tuple[Tensor, list[str], list[dict]]
 
 
 class RewardFailed(RunStopped):
@@ -61,7 +62,10 @@ class Composite:
         """Each reward by itself, made to score NaN where it raises; where it raises for all, RewardFailed."""
 
         def tolerant(name: str, reward: "Reward") -> "Reward":
-            return lambda images, prompts, metadata: _scores(name, reward, images, prompts, metadata)[0]
+            def scores(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+                return _joined(name, [_scores(name, reward, each) for each in _batches(images, prompts, metadata)])[0]
+
+            return scores
 
         return {name: tolerant(name, reward) for name, (reward, _) in self.rewards.items()}
 
@@ -76,9 +80,13 @@ class Composite:
             raise ValueError(f"{shapes}, group {tuple(group.shape)}; expected (B, 3, H, W), B, B and (B,)")
         siblings = torch.unique(group.cpu(), return_inverse=True)[1]  # (B,) 0 ... number of groups - 1
         total, scored = torch.zeros(num_images), torch.zeros(num_images, dtype=torch.bool)  # (B,) the sum; any term?
+        parts = {name: [] for name in self.rewards}
+        for batch in _batches(images, prompts, metadata):  # all rewards see one batch before the next
+            for name, (reward, _) in self.rewards.items():
+                parts[name].append(_scores(name, reward, batch))
         raw, failed = {}, {}
-        for name, (reward, weight) in self.rewards.items():
-            scores, crashed = _scores(name, reward, images, prompts, metadata)
+        for name, (_, weight) in self.rewards.items():
+            scores, crashed = _joined(name, parts[name])
             applies = _any_in_group(~scores.isnan() | crashed, siblings)  # (B,)
             scores = torch.where(scores.isfinite(), scores, torch.nan)
             raw[name], failed[name] = scores.to(images.device), int((applies & scores.isnan()).sum())
@@ -103,45 +111,52 @@ def _any_in_group(flags: Tensor, siblings: Tensor) -> Tensor:
     return torch.bincount(siblings, weights=flags.float())[siblings] > 0
 
 
-def _scores(
-    name: str, reward: "Reward", images: Tensor, prompts: list[str], metadata: list[dict]
-) -> tuple[Tensor, Tensor]:
-    """A reward's scores (B,) and which images it raised for (B,), asked one by one if the batch as a whole fails."""
+def _batches(images: Tensor, prompts: list[str], metadata: list[dict]) -> list[Batch]:
+    """The images in parts of AT_ONCE, with their prompts and metadata."""
+    starts = range(0, len(images), AT_ONCE)
+    return [tuple(x[start : start + AT_ONCE] for x in (images, prompts, metadata)) for start in starts]
+
+
+def _scores(name: str, reward: "Reward", batch: Batch) -> tuple[Tensor, list[BaseException | None]]:
+    """A reward's scores (B,) and what it raised for each image, asked one by one if the batch as a whole fails."""
+    results = [_attempt(name, reward, batch)]
+    if isinstance(results[0], BaseException):
+        del results[0]  # it keeps alive all that its call has made, which may be why it failed
+        singles = [tuple(x[i : i + 1] for x in batch) for i in range(len(batch[0]))]
+        results = [_attempt(name, reward, single) for single in singles]
     found, errors = [], []
-    for start in range(0, len(images), AT_ONCE):
-        part = range(start, min(start + AT_ONCE, len(images)))
-        results = [_attempt(name, reward, images, prompts, metadata, part)]
-        if isinstance(results[0], BaseException):
-            del results[0]  # it keeps alive all that its call has made, which may be why it failed
-            results = [_attempt(name, reward, images, prompts, metadata, range(i, i + 1)) for i in part]
-        for result in results:
-            failed = isinstance(result, BaseException)
-            found.append(torch.full((1,), torch.nan) if failed else result)
-            errors += [result if failed else None] * len(found[-1])
+    for result in results:
+        failed = isinstance(result, BaseException)
+        found.append(torch.full((1,), torch.nan) if failed else result)
+        errors += [result if failed else None] * len(found[-1])
+    return torch.cat(found), errors
+
+
+def _joined(name: str, parts: Sequence[tuple[Tensor, list[BaseException | None]]]) -> tuple[Tensor, Tensor]:
+    """The scores of all batches (B,) and for which images the reward raised (B,); RewardFailed if for all."""
+    errors = [error for _, part in parts for error in part]
     crashed = torch.tensor([error is not None for error in errors])
     if crashed.any():
         first = next(error for error in errors if error is not None)
         if crashed.all():
-            raise RewardFailed(f"reward {name!r} failed for all {len(images)} images: {_described(first)}") from first
+            raise RewardFailed(f"reward {name!r} failed for all {len(errors)} images: {_described(first)}") from first
         number = int(crashed.sum())
-        logger.warning("reward %r failed for %d of %d images: %s", name, number, len(images), _described(first))
-    return torch.cat(found), crashed
+        logger.warning("reward %r failed for %d of %d images: %s", name, number, len(errors), _described(first))
+    return torch.cat([scores for scores, _ in parts]), crashed
 
 
-def _attempt(
-    name: str, reward: "Reward", images: Tensor, prompts: list[str], metadata: list[dict], part: range
-) -> Tensor | BaseException:
-    """The scores of a part of the images (B,), float32 on the CPU, or what went wrong."""
-    rows = slice(part.start, part.stop)
+def _attempt(name: str, reward: "Reward", batch: Batch) -> Tensor | BaseException:
+    """The scores of a batch (B,), float32 on the CPU, or what went wrong."""
     try:
-        scores = reward(images[rows], prompts[rows], metadata[rows])
+        scores = reward(*batch)
     except UserError:
         raise  # says what to correct; asking image by image would only hide it
     except (Exception, SystemExit) as error:  # a user's function may raise anything; one bad image must not end a run
         return error
-    if not isinstance(scores, Tensor) or scores.shape != (len(part),):
+    expected = (len(batch[0]),)
+    if not isinstance(scores, Tensor) or scores.shape != expected:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"reward {name!r} returned {found}; expected a tensor of shape {(len(part),)}")
+        raise ValueError(f"reward {name!r} returned {found}; expected a tensor of shape {expected}")
     return scores.detach().to("cpu", torch.float32)
 
 
