@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from trimtab.grid import grid_noise
 from trimtab.methods.agsm import AGSMConfig, alignment_weights, guidance, guided_targets, score_matching_loss
 from trimtab.methods.softrepa import contrastive_loss
 from trimtab.pipelines.soft_tokens import NEGATIVE, POSITIVE
@@ -93,6 +94,41 @@ def test_both_kinds_of_pair_weigh_the_same_and_rows_add_up():
 
 
 # ---- the glue, on a small random SD3
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"shared_bank": True}, {"gamma_neg": 0.0}, {"distance": "sum", "temperature": 5.0}]
+)
+def test_loss_and_gradient_are_those_of_every_pair_by_hand(tokens_of, settings):
+    config = AGSMConfig(**{"gamma_pos": 0.7, "gamma_neg": 0.4, "temperature": 0.01, "rows": 3} | settings)
+    agsm = tokens_of(config)
+    face, batch, banks = agsm.pipeline, agsm.batch, agsm.pipeline.roles.banks
+    for parameter in banks["average"].parameters():
+        parameter.data = -0.5 * parameter.data.flip(-1)
+    t, eps = grid_noise(face, batch)
+    x_t, e = (1 - t) * batch.x0 + t * eps, eps - batch.x0
+
+    def says(role, i, j):
+        sign = POSITIVE if i == j or config.shared_bank else NEGATIVE
+        with face.roles.signs(torch.tensor(sign)):
+            return face.predict(x_t[i : i + 1], t, batch.condition[j : j + 1], role).value[0]
+
+    expected = 0.0
+    for i in range(4):
+        average = torch.stack([says("average", i, j) for j in range(4)]).detach()
+        error = (average - e[i]).flatten(1).square()
+        error = error.sum(1) if config.distance == "sum" else error.mean(1)
+        w = torch.softmax(-error / config.temperature, 0)
+        mixture = sum(w[k] * average[k] for k in range(4))
+        for j in range(4) if config.gamma_neg else [i]:
+            step = 0.7 if i == j else -0.4
+            error = (says("default", i, j) - e[i] - step * (average[j] - mixture)).square().mean()
+            expected = expected + error / (4 if i == j else 12)
+    wanted = torch.autograd.grad(expected, list(agsm.method.trained()["default"].values()))
+    assert agsm.loss().item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, want in zip(agsm.gradients(), wanted, strict=True):
+        assert (gradient - want).abs().max() < 1e-4 * want.abs().max()
+    assert all(parameter.grad is None for parameter in banks["average"].parameters())
 
 
 def test_rows_change_no_gradient(tokens_of):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from trimtab import noise
 from trimtab.batch import Prompts
 from trimtab.errors import UserError
 from trimtab.learner import Learner
@@ -212,6 +213,74 @@ def test_a_reward_with_a_gradient_moves_the_student_its_way_and_its_negative_the
         change[sign] = brightness(face, student) - before
     assert change[5.0] > 0.002
     assert change[-5.0] < -0.002
+
+
+def moved(face, seed, size, *roles):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for role in roles:
+            for parameter in face.roles.parameters(role).values():
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def test_loss_and_gradient_of_a_reused_rollout_are_those_of_the_equations_by_hand(tiny_folder):
+    face = load(str(tiny_folder), lora=LoraSettings(rank=4, lora_alpha=16), trained=(STUDENT, FAKE))
+    moved(face, 0, 0.1, STUDENT, FAKE)
+    rollout = RolloutConfig(num_prompts=2, group_size=4, num_inference_steps=4)
+    student = Student(face, PROMPTS, rollout, face.resolution, 4, seed=3)
+    config = GNDMConfig(
+        fake_updates=1, real_guidance_scale=3.0, reuse=2, importance_clip=0.022, ratio_clip=0.08, max_advantage=1.0,
+        reward_start=10, reward_ramp=4, calibration=5,
+    )  # fmt: skip
+    method = GNDM(config, face, student, Composite({"light": (Brightness(), 2.0), "smooth": (Smooth(), 1.5)}))
+    balance, size = method.balance, 4e-4
+    balance.update, balance.gate, balance.sizes = 11, 0.8, {"": 5 * 0.3, "smooth": 5 * size}
+    step = next(s for s in range(99) if [student.choice(student.draw(s, 0, 3), use) for use in (0, 1)] == [0, 2])
+    call = [call for call in method.collect(step) if call.network == STUDENT][1]
+    moved(face, 1, 0.1, STUDENT)
+
+    times, z, c, group = student.times(), student.noises(call.draw), call.draw.conditions(), call.draw.group
+
+    def per_group(values):
+        return torch.stack([values[group == g].mean() for g in group])
+
+    def wide(values):
+        return values[:, None, None, None]
+
+    def log_rho(j):
+        x = face.predict(call.path[j], times[j], c, STUDENT).x0
+        now = (call.path[j + 1] - (1 - times[j + 1]) * x) / times[j + 1]
+        return x, now.detach(), (z[j + 1] ** 2 - now**2).mean((1, 2, 3)).detach() / 2
+
+    x, now, own = log_rho(2)
+    (t,) = student.matching_times(call, method.config)
+    eps = noise.normal(call.draw.keys(noise.MATCHING, 0, 1), x.shape[1:])
+    with torch.no_grad():
+        y = (1 - wide(t)) * x + wide(t) * eps
+        real = face.predict(y, t, c, "ref", 3.0).x0
+        n = (x - real).abs().mean((1, 2, 3))
+        a = (real - face.predict(y, t, c, FAKE).x0) / wide(per_group(n))
+        omega = (log_rho(0)[2] + log_rho(1)[2]).exp().clamp(0.978, 1.022)
+        omega = omega / per_group(omega)
+        score = face.decode(call.path[-1]).mean((1, 2, 3))
+        score = score - per_group(score)
+        advantage = 2.0 * (score / (score.square().mean().sqrt() + 1e-4)).clamp(-1, 1)
+        ratio = own.exp()
+        done = torch.where(advantage > 0, ratio > 1.08, ratio < 0.92)
+        black = 0.3 * wide(torch.where(done, 0.0, advantage * ratio)) * now
+    leaf = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(face.decode(leaf).mean((1, 2, 3)).sum(), leaf)
+    limit = (3 * size / gradient.square().mean((1, 2, 3)).sqrt()).clamp_max(1)
+    u = wide(omega) * a + 0.8 * 2 / 4 * (1.5 * 0.3 / size * wide(limit) * gradient + black)
+    weights = list(method.trained()[STUDENT].values())
+    wanted = torch.autograd.grad(-(u * x).sum() / x.numel(), weights)
+    value, found = 0.0, [torch.zeros_like(weight) for weight in weights]
+    for loss in method.losses(call):
+        value += loss.value.item()
+        found = [f + g for f, g in zip(found, torch.autograd.grad(loss.value, weights), strict=True)]
+    assert value == pytest.approx(u.square().mean().item() / 2, rel=1e-5)
+    found, wanted = (torch.cat([g.flatten() for g in parts]) for parts in (found, wanted))
+    assert gap(found, wanted) < 1e-5 * wanted.abs().max()
 
 
 def test_before_the_cold_start_ends_rewards_change_nothing(tiny_folder):

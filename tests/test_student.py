@@ -1,15 +1,18 @@
 """Students: what they are trained on, and that every gradient lands where it belongs, however a batch is cut."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from scipy.stats import beta
 
 from trimtab import noise
 from trimtab.batch import Prompts
 from trimtab.learner import Learner
 from trimtab.methods.dmd2 import DMD2, DMD2Config
+from trimtab.methods.dmdr import DMDR, DMDRConfig
 from trimtab.methods.gndm import GNDM, GNDMConfig
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines.loading import load
@@ -142,6 +145,14 @@ def gradients(losses, face):
     return total
 
 
+def agrees(found, role, loss, method):
+    """The only gradient is that of a loss with respect to what the method trains as this role."""
+    wanted = torch.autograd.grad(loss, list(method.trained()[role].values()))
+    wanted = torch.cat([g.flatten() for g in wanted])
+    assert set(found) == {role}
+    assert gap(found[role], wanted) < 1e-4 * wanted.abs().max()
+
+
 def methods(own, **config):
     return GNDM(GNDMConfig(**config), own.pipeline, own)
 
@@ -161,29 +172,78 @@ def test_the_size_of_a_micro_batch_changes_no_gradient(face, network, normaliser
         assert gap(found[network], expected) < 2e-5 * expected.abs().max()
 
 
-@torch.no_grad()
-def test_the_fakes_loss_is_denoising_of_the_students_samples(face):
-    own = student(face)
-    call = own.call(FAKE, own.draw(0, 1, 3))
-    t = torch.linspace(0.1, 0.9, 8)
-    (loss,) = own.fake_losses(call, lambda levels: t)
-    x0, eps = own.x0(call), noise.normal(call.draw.keys(noise.FAKE), call.path.shape[2:])
-    said = face.predict(face.process.noised(x0, eps, t), t, call.draw.conditions(), FAKE).value
-    assert loss.value.item() == pytest.approx((said - (eps - x0)).square().mean().item(), rel=1e-4)
+def normal_times(levels):
+    return torch.special.ndtri(levels).sigmoid()
 
 
-def test_the_push_is_dmds_gradient_at_the_trained_call(face):
-    own = student(face)
+def dmdrs_times(levels):
+    remaining = (1 + math.cos(math.pi / 4)) / 2
+    return 0.02 + 0.96 * torch.from_numpy(beta.ppf(levels.double().numpy(), 1 + 3 * remaining, 1 + 0.5 * remaining))
+
+
+@pytest.mark.parametrize(
+    ("build", "times"),
+    [
+        (lambda own: GNDM(GNDMConfig(fake_times="logit_normal"), own.pipeline, own), normal_times),
+        (lambda own: DMD2(DMD2Config(fake_times="logit_normal"), own.pipeline, own), normal_times),
+        (lambda own: DMD2(DMD2Config(), own.pipeline, own), lambda u: u),
+        (lambda own: DMDR(DMDRConfig(dynamic_steps=4), own.pipeline, own, update=1), dmdrs_times),
+    ],
+    ids=["gndm", "dmd2", "dmd2-uniform", "dmdr"],
+)  # fmt: skip
+def test_every_methods_fake_learns_to_denoise_the_students_samples_at_its_own_times(face, build, times):
+    own = student(face, batch_size=3)
+    method, call = build(own), own.call(FAKE, own.draw(0, 1, 3))
+    t = times(own.levels(call.draw, "stratified", 0, noise.FAKE)).float()
+    with torch.no_grad():
+        x0 = face.predict(call.path[call.k], call.t, call.draw.conditions(), STUDENT).x0
+    eps, wide = noise.normal(call.draw.keys(noise.FAKE), x0.shape[1:]), t[:, None, None, None]
+    said = face.predict((1 - wide) * x0 + wide * eps, t, call.draw.conditions(), FAKE).value
+    expected = (said - (eps - x0)).square().mean()
+    losses = list(method.losses(call))
+    assert sum(loss.value.item() for loss in losses) == pytest.approx(expected.item(), rel=1e-4)
+    agrees(gradients(losses, face), FAKE, expected, method)
+
+
+@pytest.mark.parametrize("name", ["dmd2", "dmdr"])
+def test_the_push_leads_from_the_fakes_opinion_to_the_guided_teachers_by_hand(face, name):
+    # The teacher of dmdr has half of s of the fake's LoRA, which is B's size, and is compared at dmdr's times.
+    own = student(face, batch_size=1)
+    if name == "dmd2":
+        method = DMD2(DMD2Config(real_guidance_scale=3.0), face, own)
+    else:
+        method = DMDR(DMDRConfig(real_guidance_scale=3.0, dynamic_guidance=0.6, dynamic_steps=4), face, own, update=1)
     call = own.call(STUDENT, own.draw(0, 0, 3))
-    config = DMD2Config(real_guidance_scale=3.0)
-    found = gradients(DMD2(config, face, own).losses(call), face)[STUDENT]
-    x = face.predict(call.path[call.k], call.t, call.draw.conditions(), STUDENT).x0
-    r, n, _ = own.direction(x.detach(), call, config)
-    (-(r / n[:, None, None, None] * x).sum() / x.numel()).backward(inputs=list(face.roles.parameters(STUDENT).values()))
-    expected = torch.cat([p.grad.flatten() for p in face.roles.parameters(STUDENT).values()])
-    for parameter in face.roles.parameters(STUDENT).values():
-        parameter.grad = None
-    assert gap(found, expected) < 1e-4 * expected.abs().max()
+    condition, u = call.draw.conditions(), own.levels(call.draw, "stratified", 0)
+    x = face.predict(call.path[call.k], call.t, condition, STUDENT).x0
+    t = 0.02 + 0.96 * u if name == "dmd2" else dmdrs_times(u).float()
+    wide = t[:, None, None, None]
+    with torch.no_grad():
+        y = (1 - wide) * x + wide * noise.normal(call.draw.keys(noise.MATCHING, 0, 0), x.shape[1:])
+        fake = face.predict(y, t, condition, FAKE).x0
+        kept = {key: p.clone() for key, p in face.roles.parameters(FAKE).items()}
+        share = 0.0 if name == "dmd2" else 0.6 * (1 + math.cos(math.pi / 4)) / 2 / 2
+        for key, parameter in face.roles.parameters(FAKE).items():
+            parameter.mul_(share if "lora_B" in key else 1.0)
+        real = face.predict(y, t, condition, FAKE, 3.0).x0
+        for key, parameter in face.roles.parameters(FAKE).items():
+            parameter.copy_(kept[key])
+        push = (real - fake) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    losses = list(method.losses(call))
+    assert sum(loss.value.item() for loss in losses) == pytest.approx(push.square().mean().item() / 2, rel=1e-4)
+    agrees(gradients(losses, face), STUDENT, -(push * x).sum() / x.numel(), method)
+
+
+@pytest.mark.parametrize(("method", "config"), [(DMD2, DMD2Config), (DMDR, DMDRConfig)])
+def test_after_a_step_the_average_has_gone_a_part_of_the_way_to_the_student(tiny_folder, method, config):
+    face = load(str(tiny_folder), lora=LORA, trained=(STUDENT, FAKE), frozen=("average",))
+    before = {name: p.clone() for name, p in face.roles.parameters("average").items()}
+    with torch.no_grad():
+        for parameter in face.roles.parameters(STUDENT).values():
+            parameter += 1
+    method(config(ema_decay=0.75), face, student(face)).after_step(0)
+    for role, part in ((STUDENT, 1.0), (FAKE, 0.0), ("average", 0.25)):
+        assert max(gap(p, before[name] + part) for name, p in face.roles.parameters(role).items()) < 1e-6
 
 
 @torch.no_grad()
@@ -257,6 +317,10 @@ def test_a_step_is_the_fakes_updates_and_then_the_students_one(face):
     assert counting(DMD2(DMD2Config(fake_updates=2, fake_warmup=1), face, own)) == [
         [FAKE, FAKE, FAKE, STUDENT],
         [FAKE, FAKE, STUDENT],
+    ]
+    assert counting(DMDR(DMDRConfig(fake_updates=1, fake_warmup=1), face, own)) == [
+        [FAKE, FAKE, STUDENT],
+        [FAKE, STUDENT],
     ]
     assert counting(methods(own, fake_updates=1, fake_warmup=2, reuse=2)) == [
         [FAKE, FAKE, FAKE, STUDENT, FAKE, STUDENT],
