@@ -234,7 +234,7 @@ def test_loss_and_gradient_of_a_reused_rollout_are_those_of_the_equations_by_han
     )  # fmt: skip
     method = GNDM(config, face, student, Composite({"light": (Brightness(), 2.0), "smooth": (Smooth(), 1.5)}))
     balance, size = method.balance, 4e-4
-    balance.update, balance.gate, balance.sizes = 11, 0.8, {"": 5 * 0.3, "smooth": 5 * size}
+    balance.update, balance.observed, balance.gate, balance.sizes = 11, 5, 0.8, {"": 5 * 0.3, "smooth": 5 * size}
     step = next(s for s in range(99) if [student.choice(student.draw(s, 0, 3), use) for use in (0, 1)] == [0, 2])
     call = [call for call in method.collect(step) if call.network == STUDENT][1]
     moved(face, 1, 0.1, STUDENT)
