@@ -1,5 +1,7 @@
 """CRD: its equations by hand and in closed form, and its glue on a real tiny pipeline whose roles all differ."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -570,6 +572,21 @@ def test_loss_and_gradient_of_an_update_are_the_equations_in_packs_and_in_two_pa
             found = found + torch.cat([s.flatten() for s in torch.autograd.grad(loss.value, weights)])
         assert value == pytest.approx(expected.item(), rel=1e-4)
         assert gap(found, wanted) < 1e-4 * wanted.abs().max()
+
+
+def test_a_process_divides_by_the_mean_of_all_lengths_and_counts_no_update_where_all_have_lost_everything(tiny):
+    method = build(tiny)
+    rollout = rollout_of(method.pipeline)
+    alone = sum(loss.value.item() for loss in method.losses(rollout))
+    more = torch.tensor([3.0 * len(rollout)])  # another process has three times as many
+    method.rollouts = replace(method.rollouts, gather=lambda x: torch.cat([x, more]))
+    assert sum(loss.value.item() for loss in method.losses(rollout)) == pytest.approx(alone / 2, rel=1e-4)
+    nothing = rollout[torch.tensor([], dtype=torch.long)]
+    assert not list(method.losses(nothing))
+    assert method.updates == 3  # the other process had something
+    method.rollouts = replace(method.rollouts, gather=None)
+    assert not list(method.losses(nothing))
+    assert method.updates == 3
 
 
 @torch.no_grad()

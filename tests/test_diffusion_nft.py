@@ -175,6 +175,14 @@ def test_advantages_beyond_the_clip_count_as_the_clip(tiny):
 
 
 @torch.no_grad()
+def test_a_process_divides_by_the_mean_of_all_lengths(tiny):
+    glue = method(tiny(frozen=("old",)), 100, kl_beta=0.5)
+    samples = rollout(glue.pipeline, torch.ones(5))
+    alone = sum(loss.value.item() for loss in glue.losses(samples))
+    glue.rollouts.mean_length = lambda part: 2 * len(part)
+    assert sum(loss.value.item() for loss in glue.losses(samples)) == pytest.approx(alone / 2, rel=1e-4)
+
+
 def test_the_old_policy_draws_the_rollouts(tiny):
     glue = method(shaken(tiny(frozen=("old",))), 100, updates_per_step=2)
     rewards = Composite({"bright": (lambda images, prompts, metadata: images.mean((1, 2, 3)), 1.0)})
