@@ -1,6 +1,7 @@
 """CRD: its equations by hand and in closed form, and its glue on a real tiny pipeline whose roles all differ."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from trimtab.batch import Prompts, Rollout
 from trimtab.errors import UserError
-from trimtab.forward import points, times_of
+from trimtab.forward import Points, points, times_of
 from trimtab.groups import means
 from trimtab.methods.crd import (
     CRD,
@@ -572,6 +573,19 @@ def test_loss_and_gradient_of_an_update_are_the_equations_in_packs_and_in_two_pa
             found = found + torch.cat([s.flatten() for s in torch.autograd.grad(loss.value, weights)])
         assert value == pytest.approx(expected.item(), rel=1e-4)
         assert gap(found, wanted) < 1e-4 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_the_anchor_compares_noise_where_networks_predict_noise(tiny_sd_folder, build_face):
+    method = build(partial(build_face, tiny_sd_folder), reward_adaptive_kl="off", kl_beta=0.3)
+    face = method.pipeline
+    x_t = torch.randn(2, *face.latent_shape(face.resolution), generator=torch.Generator().manual_seed(0))
+    at = Points(x_t, x_t, torch.tensor([0.5, 0.99]), x_t, face.encode(TEXTS[:2]))
+    now, anchor, nothing = method._now(at), method._anchor(at), torch.zeros(2)
+    loss = method._loss(now, anchor, nothing, nothing, torch.zeros(2, 1, 2), None, 2)
+    difference = (now.value - anchor.value).square().mean().item()
+    assert loss.metrics["kl"].item() == pytest.approx(difference, rel=1e-5)
+    assert loss.value.item() == pytest.approx(0.3 * difference, rel=1e-5)
 
 
 def test_a_process_divides_by_the_mean_of_all_lengths_and_counts_no_update_where_all_have_lost_everything(tiny):
