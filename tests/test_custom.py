@@ -228,10 +228,14 @@ def test_an_object_with_a_gradient_keeps_it(tmp_path):
 
 def test_an_object_with_a_gradient_that_applies_to_none_of_the_prompts_may_say_so_without(tmp_path):
     (tmp_path / "smooth.py").write_text(
-        SMOOTH + "light.with_gradient = lambda images, **_: images[:, 0, 0, 0] * 0 + float('nan')\n"
+        SMOOTH + "light.with_gradient = lambda images, **_: images.detach()[:, 0, 0, 0] * 0 + float('nan')\n"
     )
     reward = load(f"{tmp_path}/smooth.py:light")
-    assert reward.with_gradient(torch.rand(2, 3, 4, 4), ["a", "b"], [{}, {}]).isnan().all()
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    scores = reward.with_gradient(images.detach(), ["a", "b"], [{}, {}])
+    assert scores.isnan().all()
+    scores = reward.with_gradient(images, ["a", "b"], [{}, {}])
+    assert torch.autograd.grad(scores.nansum(), images)[0].abs().max() == 0
 
 
 def test_a_file_that_exits_while_it_is_imported_is_named(reward):

@@ -255,3 +255,10 @@ def test_the_table_has_a_column_for_each_evaluation_and_blanks_where_one_has_no_
     assert [row[0] for row in rows][:3] == ["strict, single object", "strict, colors", "strict, overall"]
     assert rows[0][1].startswith("0.750 [")
     assert all(row[2] == "" for row in rows)
+
+
+def test_the_look_is_that_of_all_pictures_however_many():
+    images = torch.zeros(70, 3, 16, 16)
+    images[64:] = 1.0
+    found = evaluate._look(images, torch.zeros(70).long(), Prompts(("a cat",), ({},), (0,)))
+    assert found["image_statistics"]["brightness"] == pytest.approx(6 / 70)

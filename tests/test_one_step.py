@@ -264,6 +264,15 @@ def test_dpo_starts_at_log_two_and_falls(tiny):
     assert after.value < 0.6931
 
 
+def test_a_process_of_draft_divides_by_the_mean_of_all_lengths(tiny):
+    method = build(tiny(), "draft")
+    (batch,) = method.collect(0)
+    alone = sum(loss.value.item() for loss in method.losses(batch))
+    more = torch.tensor([3.0 * len(batch)])  # another process has three times as many
+    method.rollouts = replace(method.rollouts, gather=lambda x: torch.cat([x, more]))
+    assert sum(loss.value.item() for loss in method.losses(batch)) == pytest.approx(alone / 2, rel=1e-4)
+
+
 def test_draft_climbs_the_reward_and_is_held_by_the_latents(tiny):
     method = build(tiny(), "draft")
     value, free = gradients(method)

@@ -71,8 +71,10 @@ class SmoothFunction(BatchFunction):
 
     def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         scores = self.function.with_gradient(images=images, prompts=prompts, metadata=metadata)
-        applies = not isinstance(scores, Tensor) or bool(scores.isfinite().any())  # to none of the prompts, else
-        if not isinstance(scores, Tensor) or scores.shape != images.shape[:1] or applies > scores.requires_grad:
+        fits = isinstance(scores, Tensor) and scores.shape == images.shape[:1]
+        if fits and scores.isnan().all():  # applies to none of the prompts: its gradient is 0, with or without a graph
+            return scores.detach() + 0 * images.sum((1, 2, 3))
+        if not fits or not scores.requires_grad:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(
                 f"reward {self.reference!r} returned {found} from with_gradient; return a tensor ({len(images)},) that "
