@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from trimtab.errors import UserError
 from trimtab.pipelines import adapters, loading
@@ -71,6 +72,50 @@ def test_a_folder_may_hold_a_lora_and_soft_tokens(tiny_folder, tmp_path):
     assert (len(found.loras), found.tokens) == (1, tmp_path / "soft_tokens.safetensors")
     with pytest.raises(UserError, match="are both soft tokens"):
         loading.check_adapters([folder, folder], str(tiny_folder))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "message"),
+    [
+        ({}, None, "lacks matrices of its LoRA; it is damaged"),
+        ({f"{TO_Q}.lora_A.weight": (4, 32)}, None, "lacks matrices of its LoRA; it is damaged"),
+        ({"transformer.transformer_blocks.0.attn.norm_q.lora_A.weight": (4, 16)}, None, "belongs to another model"),
+        ({f"{TO_Q}.lora_A.weight": (32,)}, None, "belongs to another model"),
+        ({f"{TO_Q}.lora_A.weight": (4, 32), f"{TO_Q}.lora_B.weight": (32, 4)}, "[1]", "the header of .* is damaged"),
+        ({f"{TO_Q}.lora_A.weight": (4, 32), f"{TO_Q}.lora_B.weight": (32, 4)}, "{", "the header of .* is damaged"),
+    ],
+    ids=["nothing", "half", "of a norm", "a vector", "a list", "half a header"],
+)
+def test_a_damaged_lora_is_one_sentence(tiny_folder, tmp_path, tensors, header, message):
+    metadata = None if header is None else {adapters.LORA_METADATA: header}
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / adapters.LORA_FILE, metadata)
+    with pytest.raises(UserError, match=message):
+        loading.check_adapters([str(tmp_path)], str(tiny_folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about, tensors: about.pop("sites"),
+        lambda about, tensors: about.update(num_layers="x"),
+        lambda about, tensors: about.update(stages='["top"]'),
+        lambda about, tensors: tensors.pop("base"),
+        lambda about, tensors: tensors.update(base=tensors["base"][:, :1].clone()),
+        lambda about, tensors: tensors.update(time=tensors["time"][:, :99].clone()),
+    ],
+    ids=["no sites", "no number", "no stage", "no base", "too few sites", "too few times"],
+)
+def test_damaged_soft_tokens_are_one_sentence(tiny_folder, tmp_path, change):
+    face = loading.load_with_tokens(str(tiny_folder), TokenSettings(num_layers=2), num_signs=1, roles=("default",))
+    face.roles.export(tmp_path, "default", {})
+    file = tmp_path / "soft_tokens.safetensors"
+    with safe_open(file, framework="pt") as tensors:
+        about = tensors.metadata()
+    tensors = load_file(file)
+    change(about, tensors)
+    save_file(tensors, file, about)
+    with pytest.raises(UserError, match=r"is damaged .* again"):
+        loading.check_adapters([str(tmp_path)], str(tiny_folder))
 
 
 def test_a_file_of_other_tensors_is_no_adapter(tiny_folder, tmp_path):

@@ -100,6 +100,57 @@ def test_a_sentence_may_begin_anyhow_and_end_with_a_full_stop():
     assert blocks.facts("") is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red circle and a blue star and a green heart",
+        "four stars and two hearts",
+        "a heart left of a star and a red ring",
+        "a dog left of a circle",
+        "not a red circle",
+        "a picture without a red circle",
+        "two circles, a star",
+    ],
+)
+def test_a_sentence_that_asks_for_more_than_its_last_words_has_no_facts(text):
+    assert blocks.facts(text) is None
+
+
+def clause(shape, count=1, **more):
+    return {"class": shape, "count": count, **more}
+
+
+LEFT = {"position": ["left of", 0]}
+
+
+@pytest.mark.parametrize(
+    "include",
+    [
+        [clause("circle", 4)],
+        [clause("circle", color=None, position=None)],
+        [clause("circle"), clause("star", **LEFT), clause("ring", 2)],
+    ],
+)
+def test_what_can_be_drawn_is_true_of_its_scenes(include):
+    content, rng = {"tag": "position", "include": include}, np.random.default_rng(7)
+    assert blocks.can_draw(content)
+    for found in read_blocks(blocks.draw([blocks.scene(content, rng) for _ in range(20)])):
+        assert judge(found, content, "strict").correct
+
+
+@pytest.mark.parametrize(
+    "include",
+    [
+        [clause("circle", 5)],
+        [clause("circle", 2), clause("star", **LEFT)],
+        [clause("circle"), clause("star"), clause("ring", position=["left of", 1])],
+        [clause("circle"), clause("star", position=["left of", 1])],
+    ],
+)
+def test_what_scenes_cannot_show_is_said_to_be_so(include):
+    assert not blocks.can_draw({"include": include})
+
+
 def test_phrases_are_those_of_geneval():
     position = {"class": "ring", "count": 1, "position": ["left of", 0]}
     assert blocks.phrase({"tag": "position", "include": [{"class": "star", "count": 1}, position]}) == (

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.errors import UserError
-from trimtab.rewards.composite import AT_ONCE, Composite, RewardFailed
+from trimtab.rewards.composite import AT_ONCE, Composite, RewardFailed, with_gradient
 
 NAN, INF = float("nan"), float("inf")
 BAD = ValueError("bad image")
@@ -215,3 +215,48 @@ def test_a_reward_that_exits_fails_like_any_other_and_is_described_in_one_line()
     with pytest.raises(RewardFailed) as caught:
         score({"a": (raising(0, 1, 2, 3, error=ValueError("first\nsecond")), 1.0)})
     assert "ValueError: first second (" in str(caught.value)
+
+
+class Root:
+    """A reward with a gradient: the sum of square roots of the pixels, and an exception above `limit`."""
+
+    def __init__(self, limit=INF):
+        self.limit = limit
+
+    def with_gradient(self, images, prompts, metadata):
+        if images.max() > self.limit:
+            raise BAD
+        return images.sqrt().sum((1, 2, 3))
+
+
+def smooth(reward, *levels, group=None):
+    """The scores of images of one brightness each, how many have failed, and the gradient of the scores' sum."""
+    images = torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).clone().requires_grad_()
+    group = torch.zeros(len(levels)).long() if group is None else torch.tensor(group)
+    prompts, metadata = ["p"] * len(levels), [{}] * len(levels)
+    scores, failed = with_gradient("root", reward, images, prompts, metadata, group)
+    return scores, failed, torch.autograd.grad(scores.nansum(), images)[0][:, 0, 0, 0]
+
+
+def test_an_image_whose_gradient_is_not_finite_costs_no_other_its_own():
+    # Of sqrt: NaN at -1, whose score is missing, too, and infinite at 0, whose score is there.
+    scores, failed, gradient = smooth(Root(), -1.0, 0.0, 4.0, 0.25)
+    assert listed(scores) == [None, 0.0, 24.0, 6.0]
+    assert failed == 1
+    assert gradient.tolist() == [0.0, 0.0, 0.25, 1.0]
+
+
+@pytest.mark.parametrize(("group", "failed"), [((0, 0, 1), 2), ((0, 0, 0), 2), ((0, 1, 1), 1)])
+def test_a_missing_score_counts_as_failed_where_siblings_have_one_or_where_it_was_raised_for(group, failed, caplog):
+    scores, found, gradient = smooth(Root(limit=5), -1.0, 9.0, 4.0, group=group)
+    assert listed(scores) == [None, None, 24.0]
+    assert gradient.tolist() == [0.0, 0.0, 0.25]
+    assert found == failed
+    assert "reward 'root' failed for 1 of 3 images: ValueError: bad image" in caplog.text
+
+
+def test_a_reward_that_raises_for_all_images_stops_the_run_but_not_for_one_alone():
+    with pytest.raises(RewardFailed, match="reward 'root' failed for all 2 images"):
+        smooth(Root(limit=5), 9.0, 9.0)
+    scores, failed, gradient = smooth(Root(limit=5), 9.0)
+    assert (listed(scores), failed, gradient.tolist()) == ([None], 1, [0.0])

@@ -135,6 +135,7 @@ def test_scalars_mean_the_same_in_a_file_and_in_an_override(tmp_path, text, valu
         ("a: 1\nb: &b [*b]\n", 2, "recursive"),
         ("a: 1\n? [1]\n: 2\n", 2, "unhashable key"),
         ("a: 1\nb: \x00\n", 2, "special characters"),
+        pytest.param("a: " + "[" * 100_000, 1, "cannot be read", id="nesting without end"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_name_and_line(tmp_path, text, line, words):

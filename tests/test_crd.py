@@ -349,7 +349,19 @@ def test_copying_freezing_and_exponents_can_be_written():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "75-0-0.0075", "0-0-0-0-0", "a-0-0-0", "0--1-0-0", "1.5-0-0-0", "0-0-0-2", "0-nan-0-1"]
+    "text",
+    [
+        "",
+        "75-0-0.0075",
+        "0-0-0-0-0",
+        "a-0-0-0",
+        "0--1-0-0",
+        "1.5-0-0-0",
+        "0-0-0-2",
+        "0-nan-0-1",
+        "0-0-nan-1",
+        "0-0-inf-1",
+    ],
 )
 def test_malformed_schedules_are_refused_with_an_example(text):
     with pytest.raises(UserError, match=r"75-0-0\.0075-0\.999"):

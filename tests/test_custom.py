@@ -64,6 +64,13 @@ def test_the_columns_signature_gives_pil_images_and_metadata_by_name(reward):
     assert f(IMAGES, PROMPTS, METADATA).tolist() == [0.0, 128.0, 255.0]
 
 
+def test_what_a_function_changes_in_place_stays_its_own(reward):
+    images = IMAGES.clone()
+    f = reward("def f(images, prompts, metadata): return images.mul_(255).mean((1, 2, 3))")
+    assert f(images, PROMPTS, METADATA).tolist() == f(images, PROMPTS, METADATA).tolist()
+    assert torch.equal(images, IMAGES)
+
+
 def test_a_function_with_named_columns_gets_just_those(reward):
     f = reward("def f(images, *, target, weight=2.0): return [weight * (t == 'y') for t in target]")
     assert f(IMAGES, PROMPTS, METADATA).tolist() == [0.0, 2.0, 0.0]
@@ -224,6 +231,17 @@ def test_an_object_with_a_gradient_keeps_it(tmp_path):
     assert reward(images.detach(), ["a", "b"], [{}, {}]).tolist() == pytest.approx(scores.tolist())
     with pytest.raises(UserError, match="depends on the pictures"):
         load(f"{tmp_path}/smooth.py:dark").with_gradient(images, ["a", "b"], [{}, {}])
+
+
+def test_what_an_object_changes_in_place_on_its_way_to_a_gradient_stays_its_own(tmp_path):
+    (tmp_path / "smooth.py").write_text(
+        SMOOTH + "light.with_gradient = lambda images, **_: images.mul_(2).mean((1, 2, 3))\n"
+    )
+    leaf = torch.rand(2, 3, 4, 4, requires_grad=True)
+    images = leaf * 1
+    load(f"{tmp_path}/smooth.py:light").with_gradient(images, ["a", "b"], [{}, {}]).sum().backward()
+    assert torch.equal(images, leaf)
+    assert torch.equal(leaf.grad, torch.full_like(leaf, 2 / 48))
 
 
 def test_an_object_with_a_gradient_that_applies_to_none_of_the_prompts_may_say_so_without(tmp_path):

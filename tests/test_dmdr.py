@@ -77,11 +77,12 @@ def test_the_rewards_gradient_is_added_as_a_loss_of_its_own(tiny_folder):
     rewarded.pipeline, rewarded.student = face, student
     call = student.call(STUDENT, student.draw(0, 0, 2))
     x = student.x0(call).detach()
-    gradient, score = student.reward_gradient(Light(), x, call)
+    gradient, log = student.reward_gradient("light", Light(), x, call)
     leaf = x.clone().requires_grad_()
     (3 * face.decode(leaf).mean((1, 2, 3))).sum().backward()
     assert gap(gradient, leaf.grad) < 1e-8
-    assert score.item() == pytest.approx(3 * face.decode(x).mean().item(), abs=1e-4)
+    assert log["failed/light"] == 0
+    assert log["rewards/light/mean"].item() == pytest.approx(3 * face.decode(x).mean().item(), abs=1e-4)
     difference = (rewarded._update(x, call)[0] - plain._update(x, call)[0]) / x[0].numel()
     assert gap(difference, 0.5 * gradient) < 1e-6 + 1e-3 * gradient.abs().max().item()
     later = DMDR(DMDRConfig(real_guidance_scale=1.0, dynamic_steps=0, reward_start=1), face, student, rewarded.rewards)

@@ -231,6 +231,15 @@ def test_true_scenes_lie_nearer_to_real_ones_than_blank_pictures(tmp_path, monke
     assert 5 * distances[0] < distances[1]
 
 
+def test_prompts_of_which_no_scene_can_be_drawn_have_no_distance_to_real_ones(tmp_path, monkeypatch):
+    crowd = {"tag": "counting", "include": [{"class": "circle", "count": 5, "color": None, "position": None}]}
+    prompts = Prompts(("five circles",), (crowd,), (0,))
+    monkeypatch.setattr(evaluate, "generate", lambda *args: (torch.ones(12, 3, 64, 64), None))
+    found = evaluate.evaluate(None, "default", prompts, replace(SETTING, images_per_prompt=12), tmp_path)
+    assert found["scores"]["strict"]["overall"]["mean"] == 0
+    assert "frechet_distance" not in found
+
+
 def test_a_role_does_not_drift_from_itself_and_its_drift_is_that_of_its_field(tiny):
     # Fields that differ by c everywhere are c^2 apart, whatever the samples and times.
     face, group, latents = tiny(), torch.tensor([0, 0, 1]), torch.randn(3, 8, 8, 8)

@@ -372,6 +372,15 @@ def test_advantages_are_centred_in_groups_scaled_over_all_and_limited(tiny_folde
     assert found[17:].isfinite().all()
 
 
+def test_a_watched_reward_asks_for_no_siblings(tiny_folder):
+    face, student, _ = built(tiny_folder, Smooth())
+    alone = replace(student, config=student.config.model_copy(update={"num_prompts": 2, "group_size": 1}))
+    rewards = Composite({"light": (Smooth(), 1.0), "seen": (Brightness(), 0.0)})
+    method = GNDM(GNDMConfig(fake_updates=1, real_guidance_scale=1.0, reward_start=1), face, alone, rewards)
+    (record,) = list(Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-3), 1).run())
+    assert 0 < record.metrics["watched/seen/mean"] < 1
+
+
 def test_what_a_reward_needs_is_said_before_anything_loads():
     with pytest.raises(UserError, match="reward_start is 0"):
         GNDM.check_rewards(GNDMConfig(), Composite({"light": (Smooth(), 1.0)}), 4, 8, 9)

@@ -273,6 +273,36 @@ def test_a_process_of_draft_divides_by_the_mean_of_all_lengths(tiny):
     assert sum(loss.value.item() for loss in method.losses(batch)) == pytest.approx(alone / 2, rel=1e-4)
 
 
+class Picky(Contrast):
+    """The same, but it raises for pictures below the first brightness, and has no number for those below the second."""
+
+    bounds = 0.0, 0.0
+
+    def with_gradient(self, images, prompts, metadata):
+        light, (first, second) = images.mean((1, 2, 3)), self.bounds
+        if (light.detach() < first).any():
+            raise ValueError("too dark")
+        return super().with_gradient(images, prompts, metadata) + 0 * (light - second).sqrt()
+
+
+def test_pictures_without_a_score_cost_draft_no_more_than_themselves(tiny):
+    reward = Picky()
+    method = build(tiny(), "draft", reward=reward)
+    (rollout,) = method.collect(0)
+    images = method.pipeline.decode(method.rollouts.again(rollout, "default").detach())
+    light, order = images.mean((1, 2, 3)).sort()
+    kept = order[3:].sort().values
+    share = len(kept) / len(rollout)  # the others do not count more for it
+    value, gradient = gradients(build(method.pipeline, "draft", moved=False), rollout[kept])
+    reward.bounds = light[:2].mean().item(), light[2:4].mean().item()
+    found, same = gradients(method, rollout)
+    assert found == pytest.approx(value * share, rel=1e-4)
+    assert (same - share * gradient).abs().max() < 1e-5 * gradient.abs().max()
+    (record,) = list(Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-3), 1).run())
+    assert record.metrics["failed/mine"] == 3
+    assert record.metrics["skipped_updates"] == 0
+
+
 def test_draft_climbs_the_reward_and_is_held_by_the_latents(tiny):
     method = build(tiny(), "draft")
     value, free = gradients(method)

@@ -119,6 +119,7 @@ def test_what_is_no_folder_is_refused(folder, name):
 GOOD = {"metadata.jsonl": [line("good.png")], "good.png": plain()}
 BAD_LINES = {
     "{": "line 2 is not JSON",
+    "[" * 100_000: "line 2 is not JSON",
     '"a.png"': "line 2 has no text under 'file_name'",
     '{"text": "a cat"}': "line 2 has no text under 'file_name'",
     '{"file_name": "a.png"}': "line 2 has an empty caption or none",
@@ -135,7 +136,7 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize(("bad", "message"), BAD_LINES.items())
+@pytest.mark.parametrize(("bad", "message"), [pytest.param(*each, id=each[0][:50]) for each in BAD_LINES.items()])
 def test_a_bad_line_is_refused_by_its_number_or_left_out(folder, caplog, bad, message):
     deep = encoded(Image.fromarray(np.zeros((4, 4), np.uint16)))
     files = {"a.png": plain(), "good.png": plain(), "text.png": "text", "empty.png": "", "deep.png": deep}

@@ -108,12 +108,12 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _CORE_SCHEMA}  # noqa: RUF012
 
 
-def _problem(error: yaml.YAMLError) -> str:
+def _problem(error: Exception) -> str:
     """What PyYAML found wrong, without its drawing of the place."""
     return getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
 
 
-def _line(error: yaml.YAMLError, text: str) -> int:
+def _line(error: Exception, text: str) -> int:
     mark = getattr(error, "problem_mark", None)
     return mark.line + 1 if mark else text.count("\n", 0, getattr(error, "position", 0)) + 1
 
@@ -135,7 +135,7 @@ def load_yaml(path: str | Path) -> dict:
     text = _read_text(Path(path))
     try:
         data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # nesting without end
         cure = "correct this line (each key once, `key: value`, spaces and no tabs for the indent)"
         raise UserError(f"{path}, line {_line(error, text)}: {_problem(error)}; {cure}") from error
     if data is None:
@@ -185,7 +185,7 @@ def _section(parent: dict, name: str, key: str, item: str) -> dict:
 def _override_value(item: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         form = "write key=value with a YAML value, text with special characters in quotes, like prompt='\"a: b\"'"
         raise UserError(f"override {item!r} has an unreadable value ({_problem(error)}); {form}") from error
 

@@ -260,7 +260,7 @@ def _look(images: Tensor, group: Tensor, prompts: Prompts) -> dict[str, Any]:
         return look
     features = _features(images)
     look["diversity"] = _number(within_prompt_diversity(features, group))
-    if len(images) > MIN_IMAGES:
+    if len(images) > MIN_IMAGES and all(blocks.can_draw(line) for line in prompts.metadata):
         real = _real_features(tuple(json.dumps(line["include"]) for line in prompts.metadata))
         look["frechet_distance"] = frechet_distance(real, features)
         look["precision_recall"] = precision_recall(real, features)._asdict()

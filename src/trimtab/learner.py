@@ -169,7 +169,7 @@ class Learner:
 
     def _summary(self, log: dict[str, list], seconds: float) -> dict[str, float]:
         """Times and counts are summed over the step, everything else is averaged."""
-        summed = ("seconds/", "skipped_updates")
+        summed = ("seconds/", "skipped_updates", "failed/")
         metrics = {
             name: float(sum(values)) if name.startswith(summed) else float(sum(map(float, values)) / len(values))
             for name, values in log.items()

@@ -240,6 +240,7 @@ class Student:
             for part in parts:
                 x = self.x0(pack[part])
                 yield Loss(STUDENT, push_loss(x, moved[part.to(moved.device)], len(call)), metrics)
+                metrics = {}  # of the pack: told once
 
     @torch.no_grad()
     def direction(
@@ -277,18 +278,21 @@ class Student:
         levels = torch.stack([self.levels(call.draw, config.times, m, use=call.use) for m in range(config.num_renoise)])
         return config.min_time + (config.max_time - config.min_time) * levels
 
-    def reward_gradient(self, reward: Any, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """The gradient of R(decode(x)) (B, ...), 0 where the reward does not apply, and the mean of R."""
-        found, scores = [], []
+    def reward_gradient(self, name: str, reward: Any, x: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of R(decode(x)) (B, ...), 0 where the reward does not apply, and to log: the mean of R, and how
+        many samples have none that should."""
+        found, scores, failed = [], [], 0
         for part in torch.arange(len(x)).split(self.batch_size):
             prompts, group = call.draw.prompts, call.draw.group[part]
             text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
             with torch.enable_grad():
                 leaf = x[part.to(x.device)].detach().requires_grad_()
-                score = with_gradient(reward, self.pipeline.decode(leaf), text, metadata)
+                score, missing = with_gradient(name, reward, self.pipeline.decode(leaf), text, metadata, group)
                 found.append(torch.autograd.grad(score.nansum(), leaf)[0])
             scores.append(score.detach())
-        return torch.cat(found), torch.cat(scores).nanmean()
+            failed += missing
+        log = {f"rewards/{name}/mean": torch.cat(scores).nanmean(), f"failed/{name}": torch.tensor(float(failed))}
+        return torch.cat(found), log
 
     def levels(
         self, draw: Draw, mode: TimeMode, comparison: int, purpose: int = noise.MATCHING, use: int = 0

@@ -46,6 +46,7 @@ The equations are those of the first author's public trainer (Flow-Factory). Dep
    of the deviation within groups (`rollout.advantage_std`; the trainer: of all rewards).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -220,8 +221,10 @@ def parse_schedule(text: str) -> DecaySchedule:
         raise UserError(
             f"schedule {text!r} is not start-first-slope-end; give four numbers such as 75-0-0.0075-0.999"
         ) from None
-    if not (start.is_integer() and 0 <= first <= 1 and 0 <= end <= 1):
-        raise UserError(f"schedule {text!r} must have a whole start and decays in [0, 1], as 75-0-0.0075-0.999 has")
+    if not (start.is_integer() and 0 <= first <= 1 and math.isfinite(slope) and 0 <= end <= 1):
+        raise UserError(
+            f"schedule {text!r} must have a whole start, decays in [0, 1] and a finite slope, as 75-0-0.0075-0.999 has"
+        )
     return DecaySchedule(int(start), first, slope, end)
 
 

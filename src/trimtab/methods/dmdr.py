@@ -143,6 +143,7 @@ class DMDR:
         push = normalised_direction(r, n, call.draw.group.to(x.device), config.normaliser)
         if self.rewards is not None and self.update >= config.reward_start:
             for name, (reward, weight) in self.rewards.rewards.items():
-                gradient, metrics[f"rewards/{name}/mean"] = self.student.reward_gradient(reward, x, call)
+                gradient, log = self.student.reward_gradient(name, reward, x, call)
+                metrics |= log
                 push = push + weight * x[0].numel() * gradient
         return push, metrics

@@ -113,8 +113,9 @@ class DRaFT:
         total, metrics = torch.full((len(images),), torch.nan, device=images.device), {}
         for name, (reward, weight) in self.rollouts.rewards.rewards.items():
             if weight:
-                scores = with_gradient(reward, images, text, metadata)
+                scores, failed = with_gradient(name, reward, images, text, metadata, rollout.group)
                 metrics[f"rewards/{name}/mean"] = scores.detach().nanmean()
+                metrics[f"failed/{name}"] = torch.tensor(float(failed))
                 total = torch.where(scores.isnan(), total, total.nan_to_num(0.0) + weight * scores)
         return total, metrics
 

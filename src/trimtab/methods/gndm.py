@@ -138,8 +138,8 @@ class Balance:
         return self.gate * min(1.0, since / max(1, self.config.reward_ramp))
 
     def size(self, name: str = "") -> float:
-        """The averaged rms of A, or of a reward's gradient."""
-        return self.sizes[name] / self.observed
+        """The averaged rms of A, or of a reward's gradient; 0 where no update was finite."""
+        return self.sizes.get(name, 0.0) / max(1, self.observed)
 
     def observe(self, rms: dict[str, float], misfit: float) -> None:
         """Take in what an update showed: rms of A and of gradients, and mean |r| / n_g."""
@@ -264,12 +264,13 @@ class GNDM:
         text = [draw.prompts.text[g] for g in draw.group]
         metadata = [dict(draw.prompts.metadata[g]) for g in draw.group]
         scored = self.rewards.score(images, text, metadata, draw.group)
-        comparable(scored.total, draw.group, self.student.everybody)  # or RewardFailed, everywhere
+        if self.black:
+            comparable(scored.total, draw.group, self.student.everybody)  # or RewardFailed, everywhere
         total = torch.where(scored.total.isnan(), torch.nan, 0.0)
         self.log |= {"reward": scored.total.nanmean().item()}
-        self.log |= {f"failed/{name}": float(count) for name, count in scored.failed.items()}
         for name, raw in scored.raw.items():
             if name not in self.smooth:
+                self.log[f"failed/{name}"] = float(scored.failed[name])
                 self.log[f"{'rewards' if name in self.black else 'watched'}/{name}/mean"] = raw.nanmean().item()
             if name in self.black:
                 limit = self.config.max_advantage
@@ -291,7 +292,8 @@ class GNDM:
         for name, (reward, weight) in (
             self.smooth.items() if self.balance.calibrates or self.balance.rewards_count else ()
         ):
-            gradient, metrics[f"rewards/{name}/mean"] = self.student.reward_gradient(reward, x, call)
+            gradient, log = self.student.reward_gradient(name, reward, x, call)
+            metrics |= log
             seen[name] = gradient.square().mean().item()
             if self.balance.rewards_count:
                 push = push + weight * self.balance.share() * self._scaled(name, gradient, seen)

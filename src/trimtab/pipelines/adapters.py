@@ -77,18 +77,22 @@ def _files(name: str) -> list[Path]:
 
 
 def _check_lora(file: Path, network: nn.Module, model: str, name: str) -> None:
-    """UserError unless every matrix of a LoRA is as wide as the layer that it changes."""
+    """UserError unless there are A and B of each layer that a LoRA changes, as wide as that layer."""
     own = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    layers: dict[str, list[str]] = {"A": [], "B": []}
     for key, shape in _shapes(file).items():
         module, _, part = key.partition(".")[2].rpartition(".lora_")
         weight = own.get(f"{module}.weight")
         side = 1 if part.startswith("A") else 0
-        if weight is None or weight[side] != shape[side]:
+        layers["A" if side else "B"].append(module)
+        if weight is None or not len(weight) > side < len(shape) or weight[side] != shape[side]:
             found = "is not in it" if weight is None else f"is {weight} there"
             raise UserError(
                 f"adapter {name!r} belongs to another model than {model!r}: it changes {module}, which {found}; "
                 "give the model that it was trained on."
             )
+    if not layers["A"] or sorted(layers["A"]) != sorted(layers["B"]):
+        raise UserError(f"{file} lacks matrices of its LoRA; it is damaged, fetch or export it again.")
 
 
 def _check_scheduler(folder: Path) -> None:
@@ -105,7 +109,10 @@ def _base(file: Path) -> str | None:
     """The model that an adapter says it was trained on."""
     with safe_open(file, framework="pt") as tensors:
         header = tensors.metadata() or {}
-    settings = json.loads(header.get(LORA_METADATA, "{}"))
+    try:
+        settings = dict(json.loads(header.get(LORA_METADATA, "{}")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the header of {file} is damaged ({error}); fetch or export it again.") from error
     named = (value for key, value in settings.items() if key.endswith(".base_model_name_or_path"))
     return header.get("base_model") or next(named, None)
 

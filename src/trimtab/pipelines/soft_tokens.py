@@ -39,6 +39,7 @@ from trimtab.roles import REFERENCE
 FILE = "soft_tokens.safetensors"
 FORMAT = "trimtab-soft-tokens-1"
 NUM_BUCKETS = 100  # of 10 timesteps each
+AGAIN = "fetch or export it again."
 POSITIVE, NEGATIVE = 0, 1  # signs: for captions that fit the picture, and for those that do not
 INIT_STD = 0.02
 
@@ -360,14 +361,26 @@ def read_bank(network: nn.Module, path: Path) -> tuple[TokenBank, TokenSettings]
 
 
 def check_file(network: nn.Module, path: Path) -> TokenSettings:
-    """Where a file's tokens go; UserError unless they were made for a network like this one. Reads metadata only."""
-    about = metadata(path)
-    settings = TokenSettings(num_layers=int(about["num_layers"]), stages=tuple(json.loads(about["stages"])))
-    made_for, own = f"{about['architecture']} of width {about['width']}", type(network).__name__
-    where = sites(network, settings) if own == about["architecture"] else None
-    if where is None or str(where.width) != about["width"] or list(where.names) != json.loads(about["sites"]):
+    """Where a file's tokens go; UserError unless they were made for a network like this one. Reads its header only."""
+    about, own = metadata(path), type(network).__name__
+    try:
+        architecture, width, names = about["architecture"], int(about["width"]), json.loads(about["sites"])
+        settings = TokenSettings(num_layers=int(about["num_layers"]), stages=tuple(json.loads(about["stages"])))
+        with safe_open(path, framework="pt") as file:
+            base, time = (file.get_slice(name).get_shape() for name in ("base", "time"))
+        signs, own_sites, tokens, _ = base
+        shapes = [signs, own_sites, tokens, width], [time[0], NUM_BUCKETS, own_sites, width]
+        whole = (base, time) == shapes and time[0] in (1, signs) and own_sites in (1, len(names))
+    except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
+        raise UserError(f"the header of {path} is damaged ({type(error).__name__}); {AGAIN}") from error
+    if not whole:
+        raise UserError(f"{path} is damaged (its tokens, {base} and {time}, are not as many as it says); {AGAIN}")
+    where = sites(network, settings) if own == architecture else None
+    if where is None or where.width != width or list(where.names) != names:
         found = own if where is None else f"{own} of width {where.width} with other blocks"
-        raise UserError(f"{path} holds soft tokens for a {made_for}, and this model is a {found}; give theirs.")
+        raise UserError(
+            f"{path} holds soft tokens for a {architecture} of width {width}, and this model is a {found}; give theirs."
+        )
     return settings
 
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 64  # images that a reward is asked about in one call
 Batch = tuple[Tensor, list[str], list[dict]]
+Part = tuple[Tensor, list[BaseException | None]]  # scores, and what was raised for each image
 
 
 class RewardFailed(RunStopped):
@@ -63,7 +64,8 @@ class Composite:
 
         def tolerant(name: str, reward: "Reward") -> "Reward":
             def scores(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-                return _joined(name, [_scores(name, reward, each) for each in _batches(images, prompts, metadata)])[0]
+                parts = [_scores(name, reward, each, "cpu") for each in _batches(images, prompts, metadata)]
+                return _joined(name, parts)[0].detach()
 
             return scores
 
@@ -83,27 +85,51 @@ class Composite:
         parts = {name: [] for name in self.rewards}
         for batch in _batches(images, prompts, metadata):  # all rewards see one batch before the next
             for name, (reward, _) in self.rewards.items():
-                parts[name].append(_scores(name, reward, batch))
+                parts[name].append(_scores(name, reward, batch, "cpu"))
         raw, failed = {}, {}
         for name, (_, weight) in self.rewards.items():
-            scores, crashed = _joined(name, parts[name])
-            applies = _any_in_group(~scores.isnan() | crashed, siblings)  # (B,)
-            scores = torch.where(scores.isfinite(), scores, torch.nan)
-            raw[name], failed[name] = scores.to(images.device), int((applies & scores.isnan()).sum())
+            scores, applies, failed[name] = _settled(name, parts[name], siblings)
+            scores = scores.detach()
+            raw[name] = scores.to(images.device)
             if weight:
                 total += torch.where(applies, weight * scores, 0.0)
                 scored |= applies
         return Scored(torch.where(scored, total, torch.nan).to(images.device), raw, failed)
 
 
-def with_gradient(reward: Any, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """The scores (B,) of a reward that has a gradient, with it; RewardFailed where it raises."""
-    try:
-        return reward.with_gradient(images, prompts, metadata)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # a user's function may raise anything
-        raise RewardFailed(f"a reward failed where its gradient was asked for: {_described(error)}") from error
+def with_gradient(
+    name: str, reward: Any, images: Tensor, prompts: list[str], metadata: list[dict], group: Tensor
+) -> tuple[Tensor, int]:
+    """The scores (B,) of a reward that has a gradient, with it, NaN where there is none; and how many images have none
+    that should, as in `Scored`.
+
+    An image for which the reward raises, or through which a gradient comes that is not finite, gets a gradient of 0,
+    and costs no other. Raises RewardFailed where the reward raises for all of several images.
+    """
+    part = _scores(name, reward.with_gradient, (_guarded(images), prompts, metadata), images.device)
+    if len(images) == 1 and part[1][0] is not None:
+        logger.warning("reward %r failed for an image: %s", name, _described(part[1][0]))
+        return part[0] + 0 * images.flatten(1).sum(1), 1  # as scores with a gradient, which is 0
+    siblings = torch.unique(group.cpu(), return_inverse=True)[1]
+    scores, _, failed = _settled(name, [part], siblings)
+    return scores, failed
+
+
+def _guarded(images: Tensor) -> Tensor:
+    """The same images; of a gradient that is not finite nothing comes back through them."""
+    images = images.view_as(images)
+    if images.requires_grad:
+        images.register_hook(lambda g: torch.where(g.isfinite().flatten(1).all(1)[:, None, None, None], g, 0.0))
+    return images
+
+
+def _settled(name: str, parts: Sequence[Part], siblings: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The scores of all parts (B,), NaN where not finite; to which images the reward applies (B,), and how many of
+    these have no score."""
+    scores, crashed = _joined(name, parts)
+    applies = _any_in_group(~scores.detach().isnan().cpu() | crashed, siblings)  # (B,)
+    scores = torch.where(scores.isfinite(), scores, torch.nan)
+    return scores, applies, int((applies & scores.isnan().cpu()).sum())
 
 
 def _any_in_group(flags: Tensor, siblings: Tensor) -> Tensor:
@@ -117,22 +143,23 @@ def _batches(images: Tensor, prompts: list[str], metadata: list[dict]) -> list[B
     return [tuple(x[start : start + AT_ONCE] for x in (images, prompts, metadata)) for start in starts]
 
 
-def _scores(name: str, reward: "Reward", batch: Batch) -> tuple[Tensor, list[BaseException | None]]:
-    """A reward's scores (B,) and what it raised for each image, asked one by one if the batch as a whole fails."""
-    results = [_attempt(name, reward, batch)]
+def _scores(name: str, ask: "Reward", batch: Batch, device: str | torch.device) -> Part:
+    """A reward's scores (B,), float32, and what it raised for each image, asked one by one if the batch as a whole
+    fails."""
+    results = [_attempt(name, ask, batch)]
     if isinstance(results[0], BaseException):
         del results[0]  # it keeps alive all that its call has made, which may be why it failed
         singles = [tuple(x[i : i + 1] for x in batch) for i in range(len(batch[0]))]
-        results = [_attempt(name, reward, single) for single in singles]
+        results = [_attempt(name, ask, single) for single in singles]
     found, errors = [], []
     for result in results:
         failed = isinstance(result, BaseException)
-        found.append(torch.full((1,), torch.nan) if failed else result)
+        found.append((torch.full((1,), torch.nan) if failed else result).to(device, torch.float32))
         errors += [result if failed else None] * len(found[-1])
     return torch.cat(found), errors
 
 
-def _joined(name: str, parts: Sequence[tuple[Tensor, list[BaseException | None]]]) -> tuple[Tensor, Tensor]:
+def _joined(name: str, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     """The scores of all batches (B,) and for which images the reward raised (B,); RewardFailed if for all."""
     errors = [error for _, part in parts for error in part]
     crashed = torch.tensor([error is not None for error in errors])
@@ -145,10 +172,10 @@ def _joined(name: str, parts: Sequence[tuple[Tensor, list[BaseException | None]]
     return torch.cat([scores for scores, _ in parts]), crashed
 
 
-def _attempt(name: str, reward: "Reward", batch: Batch) -> Tensor | BaseException:
-    """The scores of a batch (B,), float32 on the CPU, or what went wrong."""
+def _attempt(name: str, ask: "Reward", batch: Batch) -> Tensor | BaseException:
+    """The scores of a batch (B,), or what went wrong."""
     try:
-        scores = reward(*batch)
+        scores = ask(*batch)
     except UserError:
         raise  # says what to correct; asking image by image would only hide it
     except (Exception, SystemExit) as error:  # a user's function may raise anything; one bad image must not end a run
@@ -157,7 +184,7 @@ def _attempt(name: str, reward: "Reward", batch: Batch) -> Tensor | BaseExceptio
     if not isinstance(scores, Tensor) or scores.shape != expected:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"reward {name!r} returned {found}; expected a tensor of shape {expected}")
-    return scores.detach().to("cpu", torch.float32)
+    return scores
 
 
 def _described(error: BaseException) -> str:

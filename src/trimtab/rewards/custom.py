@@ -59,6 +59,7 @@ class BatchFunction:
     reference: str
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        images = images.clone()  # which a function may change in place: others look at the same pictures
         result = _waited(self.function(images=images, prompts=prompts, metadata=metadata))
         if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
             result = result[0]
@@ -70,7 +71,7 @@ class SmoothFunction(BatchFunction):
     """The same for an object whose `with_gradient`, of that signature, gives a tensor that pictures can learn from."""
 
     def with_gradient(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        scores = self.function.with_gradient(images=images, prompts=prompts, metadata=metadata)
+        scores = self.function.with_gradient(images=images.clone(), prompts=prompts, metadata=metadata)
         fits = isinstance(scores, Tensor) and scores.shape == images.shape[:1]
         if fits and scores.isnan().all():  # applies to none of the prompts: its gradient is 0, with or without a graph
             return scores.detach() + 0 * images.sum((1, 2, 3))

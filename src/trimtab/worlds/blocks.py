@@ -153,21 +153,41 @@ def _facts_of_phrases() -> dict[str, dict]:
     return {phrase(content): content for tag in TAGS for content in contents(tag)}
 
 
+@cache
+def _telling_words() -> frozenset[str]:
+    """Words that ask for something, or deny it: in front of a phrase they make it another."""
+    words = {word for known in _facts_of_phrases() for word in known.split()}
+    return frozenset(words - {"a", "an", "of"} | {"or", "not", "no", "without"})
+
+
 def facts(text: str) -> dict | None:
-    """The content that a sentence asks for, if it is one of this world's, whatever stands before it; else None."""
-    words = text.lower().replace(".", " ").split()
+    """The content that a sentence asks for, if it is one of this world's, however it opens; else None: a sentence that
+    asks for more than that ("a red circle and two stars") has none."""
+    words = text.lower().replace(".", " ").replace(",", " ").split()
     known = _facts_of_phrases()
-    return next((known[tail] for i in range(len(words)) if (tail := " ".join(words[i:])) in known), None)
+    start = next((i for i in range(len(words)) if " ".join(words[i:]) in known), None)
+    if start is None or not _telling_words().isdisjoint(words[:start]):
+        return None
+    return known[" ".join(words[start:])]
 
 
 # ---- scenes
 
 
+def can_draw(content: dict) -> bool:
+    """Whether there are scenes of it: of at most four blocks, with no relation but that of the second to the first."""
+    include = content["include"]
+    counts, related = [clause["count"] for clause in include], [bool(clause.get("position")) for clause in include]
+    alone = counts[:2] == [1, 1] and related[1] and include[1]["position"][1] == 0
+    return sum(counts) in RADIUS_PX and (not any(related) or (alone and sum(related) == 1))
+
+
 def scene(content: dict, rng: np.random.Generator) -> Scene:
-    """A scene in which the content is true and nothing else is there; unspecified colours are drawn at random."""
+    """A scene in which the content, one of which `can_draw`, is true and nothing else is there; unspecified colours are
+    drawn at random."""
     wanted = [clause for clause in content["include"] for _ in range(clause["count"])]
     colors = [clause.get("color") or str(rng.choice(list(COLORS))) for clause in wanted]
-    relation = content["include"][-1].get("position", [None])[0]
+    relation = next((clause["position"][0] for clause in content["include"] if clause.get("position")), None)
     radii = rng.uniform(*RADIUS_PX[len(wanted)], size=len(wanted))
     centres = _place(radii, relation, rng)
     angles = rng.uniform(-0.14, 0.14, size=len(wanted))

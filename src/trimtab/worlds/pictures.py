@@ -180,7 +180,7 @@ def _line(table: Path, number: int, text: str) -> tuple[Path, str, tuple[str, ..
     where = f"{table}, line {number}"
     try:
         line = json.loads(text)
-    except ValueError as error:  # JSONDecodeError, or an absurdly long number
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number or nesting without end
         raise Unusable(f"{where} is not JSON ({error}): {text[:60]!r}") from error
     if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
         raise Unusable(f"{where} has no text under 'file_name': {text[:60]!r}")
