@@ -27,7 +27,8 @@ from trimtab.cli import Terminal
 from trimtab.evaluate import Setting, generate
 from trimtab.methods import agsm
 from trimtab.pipelines import loading
-from trimtab.pipelines.soft_tokens import TokenSettings, load_soft_tokens
+from trimtab.pipelines.soft_tokens import TokenSettings
+from trimtab.pipelines.token_files import load_soft_tokens
 from trimtab.worlds.files import load_prompts
 
 RESULTS = Path(__file__).parent / "results"

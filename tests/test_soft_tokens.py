@@ -19,9 +19,8 @@ from trimtab.pipelines.soft_tokens import (
     SoftTokens,
     TokenBank,
     TokenSettings,
-    check_file,
-    read_bank,
 )
+from trimtab.pipelines.token_files import check_file, metadata, read_bank
 from trimtab.rollout import sample
 
 SETTINGS = TokenSettings(num_tokens=3, num_layers=2)
@@ -351,7 +350,7 @@ def test_tokens_stack_with_a_lora(tiny_folder, tiny, tmp_path):
 def test_a_file_says_what_it_fits_and_comes_back_as_it_was(model, tmp_path):
     tokens = model.face.roles
     tokens.export(tmp_path, "default", {"method": "agsm"})
-    about = soft_tokens.metadata(tmp_path / soft_tokens.FILE)
+    about = metadata(tmp_path / soft_tokens.FILE)
     assert about["architecture"] == type(tokens.network).__name__
     assert (about["base_model"], about["method"]) == (str(model.folder), "agsm")
     assert json.loads(about["shapes"])["base"] == list(tokens.banks["default"].base.shape)

@@ -39,8 +39,8 @@ class Condition:
 
     def to(self, device: torch.device | str) -> Self:
         """The same prompts elsewhere."""
-        pooled = None if self.pooled is None else self.pooled.to(device)
-        return replace(self, tokens=self.tokens.to(device), pooled=pooled)
+        pooled, weight = (None if x is None else x.to(device) for x in (self.pooled, self.weight))
+        return Condition(self.tokens.to(device), pooled, weight)
 
     def expand(self, size: int) -> Self:
         """One prompt for `size` samples, without copying."""

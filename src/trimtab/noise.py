@@ -15,18 +15,16 @@ ROLLOUT, TIMES, TRAINING, ORDER, POSTERIOR, SPARES, CALL = range(7)
 CHAIN, FAKE, MATCHING, GAN, FEATURES, ANCHORS, SHARED = range(7, 14)
 
 
-def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose seed mixes the key. On the CPU, which takes 32 bits of a seed, about a hundred pairs among a
-    million keys share a stream."""
+def generator(*key: int) -> torch.Generator:
+    """A generator on the CPU, wherever the sample goes, whose seed mixes the key. It takes 32 bits of a seed, so that
+    about a hundred pairs among a million keys share a stream."""
     low, high = np.random.SeedSequence(key).generate_state(2)
-    return torch.Generator(device).manual_seed((int(high) << 32 | int(low)) & (2**63 - 1))
+    return torch.Generator().manual_seed((int(high) << 32 | int(low)) & (2**63 - 1))
 
 
-def normal(keys: Iterable[Sequence[int]], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal noise (B, *shape), one key for each of the B samples."""
-    return torch.stack(
-        [torch.randn(tuple(shape), generator=generator(*key, device=device), device=device) for key in keys]
-    )
+def normal(keys: Iterable[Sequence[int]], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise (B, *shape), one key for each of the B samples; on the CPU."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator(*key)) for key in keys])
 
 
 def uniform(keys: Iterable[Sequence[int]], shape: Sequence[int]) -> Tensor:

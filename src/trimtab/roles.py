@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trimtab.errors import UserError
 
+TRAINED = "default"  # the role that learns, where one does; PEFT's own name for an adapter
 REFERENCE = "ref"  # the pre-trained weights: always there, never trained, never saved
 
 

@@ -29,11 +29,11 @@ from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.process import NUM_TIMESTEPS, logit_normal
 from trimtab.rewards.composite import with_gradient
-from trimtab.roles import REFERENCE
+from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import RolloutConfig, share
 from trimtab.solvers import few_step
 
-STUDENT, FAKE, AVERAGE = "default", "fake", "average"
+STUDENT, FAKE, AVERAGE = TRAINED, "fake", "average"
 TimeMode = Literal["independent", "stratified", "shared", "shared_stratified"]
 
 

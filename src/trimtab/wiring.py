@@ -20,7 +20,7 @@ from trimtab.recipe import RunConfig
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards.composite import Composite
-from trimtab.roles import check_targets
+from trimtab.roles import TRAINED, check_targets
 from trimtab.rollout import Rollouts
 from trimtab.student import Student
 from trimtab.worlds.files import load_prompts
@@ -46,7 +46,6 @@ PRETRAIN = {
     "pretrain-micro": pretrain.PretrainMicro,
     "pretrain-recognizer": pretrain.PretrainRecognizer,
 }
-TRAINED = "default"
 READS_PAIRS = "only method.name=drpo method.variant=offline learns from pairs"
 READS_PICTURES = "only agsm, softrepa, and dmd2 with method.gan_weight above 0 learn from pictures"
 

@@ -56,8 +56,9 @@ from trimtab.matching import denoising_error
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.soft_tokens import NEGATIVE, POSITIVE, TokenSettings
+from trimtab.roles import TRAINED
 
-TRAINED, AVERAGE = "default", "average"
+AVERAGE = "average"
 
 
 class AGSMConfig(Strict):

@@ -66,10 +66,10 @@ from trimtab.matching import adaptive_error, denoising_error
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
-from trimtab.roles import REFERENCE
+from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
 
-TRAINED, OLD, SAMPLER = "default", "old", "sampler"
+OLD, SAMPLER = "old", "sampler"
 
 
 class CRDConfig(TimesConfig):

@@ -37,10 +37,10 @@ from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.process import Process, RectifiedFlow
-from trimtab.roles import REFERENCE
+from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
 
-TRAINED, OLD = "default", "old"
+OLD = "old"
 
 
 class DiffusionNFTConfig(TimesConfig):

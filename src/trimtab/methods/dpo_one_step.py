@@ -29,10 +29,8 @@ from trimtab.candidates import Ranked, in_units_of_siblings, latents_of, ranked
 from trimtab.config import Strict
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
-from trimtab.roles import REFERENCE
+from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
-
-TRAINED = "default"
 
 
 class DPOOneStepConfig(Strict):

@@ -29,10 +29,8 @@ from trimtab.matching import denoising_error
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.rewards.composite import Composite, with_gradient
-from trimtab.roles import REFERENCE
+from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
-
-TRAINED = "default"
 
 
 class DRaFTConfig(Strict):

@@ -54,11 +54,10 @@ from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.features import FeaturesConfig, build
 from trimtab.rewards import recognizer
-from trimtab.roles import REFERENCE
+from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
 from trimtab.worlds.pairs import Pairs
 
-TRAINED = "default"
 LATENTS = ""  # stands among the keys of features for the latents themselves
 FLOOR_DISTANCE, FLOOR_SCALE, FLOOR_AFFINITY, FLOOR_RMS = 1e-8, 1e-3, 1e-6, 1e-8  # of d^2, s and c, A^2 and rms^2
 Kernel = Literal["laplacian", "rbf", "cosine"]

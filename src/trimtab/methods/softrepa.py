@@ -37,8 +37,7 @@ from trimtab.matching import denoising_error
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.soft_tokens import TokenSettings
-
-TRAINED = "default"
+from trimtab.roles import TRAINED
 
 
 class SoftREPAConfig(Strict):

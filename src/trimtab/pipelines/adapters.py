@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from trimtab.errors import UserError
-from trimtab.pipelines import soft_tokens
+from trimtab.pipelines import token_files
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
     loras, tokens = [], []
     for name in names:
         for file in _files(name):
-            if soft_tokens.is_ours(file):
-                soft_tokens.check_file(network, file)
+            if token_files.is_ours(file):
+                token_files.check_file(network, file)
                 tokens.append(file)
             else:
                 _check_lora(file, network, model, name)
@@ -68,10 +68,10 @@ def merge(pipe: DiffusionPipeline, loras: Sequence[Path]) -> None:
 def _files(name: str) -> list[Path]:
     if Path(name).is_file():
         return [Path(name)]
-    found = [file for file in (Path(name) / LORA_FILE, Path(name) / soft_tokens.FILE) if file.is_file()]
+    found = [file for file in (Path(name) / LORA_FILE, Path(name) / token_files.FILE) if file.is_file()]
     if not found:
         raise UserError(
-            f"adapter {name!r} has no {LORA_FILE} and no {soft_tokens.FILE}; give the `export` folder of a run."
+            f"adapter {name!r} has no {LORA_FILE} and no {token_files.FILE}; give the `export` folder of a run."
         )
     return found
 

@@ -23,7 +23,8 @@ from trimtab.pipelines.flux import Flux
 from trimtab.pipelines.sd import SD
 from trimtab.pipelines.sd3 import SD3
 from trimtab.pipelines.sdxl import SDXL
-from trimtab.pipelines.soft_tokens import SoftTokens, TokenSettings, load_soft_tokens, sites
+from trimtab.pipelines.soft_tokens import SoftTokens, TokenSettings, sites
+from trimtab.pipelines.token_files import load_soft_tokens
 from trimtab.roles import LoraSettings, Roles
 
 logger = logging.getLogger(__name__)

@@ -19,16 +19,14 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +37,6 @@ from trimtab.roles import REFERENCE
 FILE = "soft_tokens.safetensors"
 FORMAT = "trimtab-soft-tokens-1"
 NUM_BUCKETS = 100  # of 10 timesteps each
-AGAIN = "fetch or export it again."
 POSITIVE, NEGATIVE = 0, 1  # signs: for captions that fit the picture, and for those that do not
 INIT_STD = 0.02
 
@@ -325,87 +322,3 @@ class SoftTokens:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.banks[role].state_dict().items()}
         metadata["shapes"] = json.dumps({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         atomic_write(folder / FILE, save(tensors, metadata))
-
-
-# ---- files, and ordinary pipelines
-
-
-def load_soft_tokens(pipe: DiffusionPipeline, path: str | Path) -> None:
-    """Let an ordinary diffusers pipeline use the tokens of a file (or of the folder that holds it), both branches of
-    its guidance alike. A LoRA may be loaded beside them. UserError if they were made for another architecture."""
-    network = _network(pipe)
-    bank, settings = read_bank(network, Path(path))
-    unload_soft_tokens(pipe)
-    injection = Injection(network, settings)
-    injection.bank = bank.to(network.device)
-    network._trimtab_injection = injection
-
-
-def unload_soft_tokens(pipe: DiffusionPipeline) -> None:
-    """Take the tokens off again; nothing happens where there are none."""
-    injection = _network(pipe).__dict__.pop("_trimtab_injection", None)
-    if injection is not None:
-        injection.remove()
-
-
-def read_bank(network: nn.Module, path: Path) -> tuple[TokenBank, TokenSettings]:
-    """The bank in a file, frozen, and its settings; UserError unless it was made for a network like this one."""
-    path = path / FILE if path.is_dir() else path
-    settings = check_file(network, path)
-    state = load_file(path)
-    num_signs, num_sites, num_tokens, width = state["base"].shape
-    settings = replace(settings, num_tokens=num_tokens, separate_times=len(state["time"]) > 1)
-    bank = TokenBank(num_signs, num_sites, width, settings).requires_grad_(False)
-    bank.load_state_dict(state)
-    return bank, settings
-
-
-def check_file(network: nn.Module, path: Path) -> TokenSettings:
-    """Where a file's tokens go; UserError unless they were made for a network like this one. Reads its header only."""
-    about, own = metadata(path), type(network).__name__
-    try:
-        architecture, width, names = about["architecture"], int(about["width"]), json.loads(about["sites"])
-        settings = TokenSettings(num_layers=int(about["num_layers"]), stages=tuple(json.loads(about["stages"])))
-        with safe_open(path, framework="pt") as file:
-            base, time = (file.get_slice(name).get_shape() for name in ("base", "time"))
-        signs, own_sites, tokens, _ = base
-        shapes = [signs, own_sites, tokens, width], [time[0], NUM_BUCKETS, own_sites, width]
-        whole = (base, time) == shapes and time[0] in (1, signs) and own_sites in (1, len(names))
-    except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
-        raise UserError(f"the header of {path} is damaged ({type(error).__name__}); {AGAIN}") from error
-    if not whole:
-        raise UserError(f"{path} is damaged (its tokens, {base} and {time}, are not as many as it says); {AGAIN}")
-    where = sites(network, settings) if own == architecture else None
-    if where is None or where.width != width or list(where.names) != names:
-        found = own if where is None else f"{own} of width {where.width} with other blocks"
-        raise UserError(
-            f"{path} holds soft tokens for a {architecture} of width {width}, and this model is a {found}; give theirs."
-        )
-    return settings
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file holds soft tokens, whatever its name."""
-    try:
-        return path.name == FILE or metadata(path) is not None
-    except UserError:
-        return False
-
-
-def metadata(path: Path) -> dict[str, str]:
-    """What a file says of its tokens; UserError if it holds none of ours."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} can't be read as soft tokens ({error}); give a run's `export` folder.") from error
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path} holds no soft tokens of trimtab's; give the `export` folder of a run that made some.")
-    return about
-
-
-def _network(pipe: DiffusionPipeline) -> nn.Module:
-    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-    if network is None:
-        raise UserError(f"a {type(pipe).__name__} has neither a transformer nor a unet to give soft tokens to.")
-    return network
