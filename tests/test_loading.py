@@ -61,12 +61,27 @@ def test_an_unknown_name_is_told_the_built_in_ones(monkeypatch, error):
     )
 
 
-def test_a_name_on_the_hub_is_judged_by_its_index_alone(monkeypatch, tmp_path):
-    (tmp_path / "index").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+def test_a_name_on_the_hub_is_judged_by_its_index_and_scheduler_alone(monkeypatch, tiny_folder):
     asked = []
-    monkeypatch.setattr(loading, "hf_hub_download", lambda *args: asked.append(args) or str(tmp_path / "index"))
+    monkeypatch.setattr(loading, "hf_hub_download", lambda model, file: asked.append(file) or str(tiny_folder / file))
     assert loading.resolve("someone/sd3") == "someone/sd3"
-    assert asked == [("someone/sd3", "model_index.json")]
+    assert asked == ["model_index.json", "scheduler/scheduler_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "has a DPMSolverMultistepScheduler; give it one of"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas=True and trimtab needs Fa"),
+    ],
+)
+@pytest.mark.parametrize("family", ["tiny_folder", "tiny_flux_folder"])
+def test_a_flow_model_whose_times_are_unknown_is_refused(request, tmp_path, family, name, config, message):
+    index = json.loads((request.getfixturevalue(family) / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / loading.SCHEDULER).write_text(json.dumps(config))
+    refused(tmp_path, message)
 
 
 @pytest.mark.parametrize("student", [True, False])

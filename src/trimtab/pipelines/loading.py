@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from trimtab.errors import UserError
-from trimtab.pipelines import Pipeline, unet
+from trimtab.pipelines import Pipeline
 from trimtab.pipelines.adapters import Adapters, find, merge
 from trimtab.pipelines.face import Face
 from trimtab.pipelines.flux import Flux
@@ -28,6 +28,7 @@ from trimtab.roles import LoraSettings, Roles
 
 logger = logging.getLogger(__name__)
 
+SCHEDULER = "scheduler/scheduler_config.json"
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = {"micro": ASSETS / "micro", "micro-turbo": ASSETS / "micro"}
 STUDENTS = {"micro-turbo": ASSETS / "micro-turbo"}  # the network and the scheduler that make students of them
@@ -47,9 +48,8 @@ def resolve(model: str) -> str:
     kind = index.get("_class_name")
     if kind not in FACES:
         raise UserError(f"model {model!r} is a {kind}; trimtab supports {', '.join(FACES)}.")
-    if FACES[kind].NETWORK == "unet":
-        scheduler = index.get("scheduler") or [None]
-        unet.check_scheduler(scheduler[-1], _json(path, "scheduler/scheduler_config.json", model), model)
+    scheduler = index.get("scheduler") or [None]
+    FACES[kind].check_scheduler(scheduler[-1], _json(path, SCHEDULER, model), model)
     return path
 
 
@@ -222,7 +222,7 @@ def check_adapters(adapters: Sequence[str], model: str) -> Adapters:
 def check_many_steps(model: str, adapters: Adapters, method: str) -> None:
     """UserError for a model that is a few-step student, by itself or by a LoRA: it can't teach one, and what trains a
     model at all its times would undo it."""
-    config = _json(resolve(model), "scheduler/scheduler_config.json", model)
+    config = _json(resolve(model), SCHEDULER, model)
     few = config.get("_class_name") == "LCMScheduler" or config.get("stochastic_sampling")
     students = [file.parent for file in adapters.loras if (file.parent / "scheduler").is_dir()]
     if few or students or model in STUDENTS:
