@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trimtab import checkpoint, run, wiring
 from trimtab.cli import main
+from trimtab.errors import UserError
 from trimtab.learner import Learner
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import Rollouts
@@ -676,6 +677,15 @@ def test_what_cannot_give_pairs_is_one_sentence(recipe, cli, words, sentence):
     code, _, error = cli(*words)
     assert code == 2
     assert sentence in error
+
+
+@pytest.mark.parametrize("name", ["drpo", "dpo-one-step", "draft"])
+def test_what_is_trained_in_one_call_is_a_model_of_few_calls_or_is_told(recipe, tiny_sd_folder, caplog, name):
+    path = recipe(**METHODS[name])
+    wiring.check(run.load_config(path))
+    assert sum("draws well in few calls" in line for line in caplog.messages) == 1
+    with pytest.raises(UserError, match="save the model with an LCMScheduler"):
+        wiring.check(run.load_config(path, [f"model.pretrained_model_name_or_path={tiny_sd_folder}"]))
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,10 @@ def check(config: RunConfig) -> Inputs:
         loading.check_tokens(config.method.tokens, model)
         return replace(_captioned_inputs(config), adapters=adapters)
     kinds = {**dict.fromkeys(DISTILLATION, _distillation_inputs), **dict.fromkeys(ONE_STEP, _one_step_inputs)}
-    return replace(kinds.get(config.method.name, _online_inputs)(config), adapters=adapters)
+    inputs = replace(kinds.get(config.method.name, _online_inputs)(config), adapters=adapters)
+    if config.method.name in ONE_STEP:
+        loading.check_one_call(model, adapters, config.method.name)  # last, for it may only warn
+    return inputs
 
 
 def _check_read(config: RunConfig) -> None:
