@@ -318,7 +318,7 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
         rollouts = _rollouts(config, accelerator, inputs, pipeline)
         method = ONLINE[name](config.method, pipeline, rollouts, config.training.train_batch_size)
     if pipeline is not None and config.model.gradient_checkpointing:
-        pipeline.roles.enable_gradient_checkpointing()
+        pipeline.enable_gradient_checkpointing()
     learner = Learner(method, accelerator, config.optimizer, config.training.max_train_steps)
     return Run(config, folder, accelerator, learner, method, pipeline, inputs.rewards, inputs.unseen, display)
 

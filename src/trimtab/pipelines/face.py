@@ -118,6 +118,11 @@ class Face:
         """How many calls the model was distilled to, if that is known."""
         return few_step.num_calls(self.pipe.scheduler)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade compute for memory: in every trained role, and in the auto-encoder, where pictures want a gradient."""
+        self.roles.enable_gradient_checkpointing()
+        self.pipe.vae.enable_gradient_checkpointing()
+
     def embed(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
         raise NotImplementedError
