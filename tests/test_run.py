@@ -456,6 +456,13 @@ def ready(recipe):
     return build
 
 
+def test_gradient_checkpointing_is_asked_of_the_network_and_of_the_auto_encoder(recipe):
+    config = run.load_config(str(recipe(model={"gradient_checkpointing": True})))
+    built = wiring.build(config, Path("unused"), Accelerator(cpu=True), wiring.check(config), Silent())
+    assert built.pipeline.pipe.transformer.gradient_checkpointing
+    assert built.pipeline.pipe.vae.decoder.gradient_checkpointing
+
+
 def gradient(method, rollout):
     """All gradients of a batch as one vector."""
     parameters = list(method.trained()["default"].values())

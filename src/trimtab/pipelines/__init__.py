@@ -24,7 +24,7 @@ class Pipeline(Protocol):
     precision: torch.dtype  # of its computations
 
     @property
-    def few_step(self) -> bool:
+    def is_student(self) -> bool:
         """Whether the model is a student, which predicts x0 and noises it afresh."""
 
     @property

@@ -109,7 +109,7 @@ class Face:
         return noise
 
     @property
-    def few_step(self) -> bool:
+    def is_student(self) -> bool:
         """Whether the model itself is a student, which predicts x0 and noises it afresh."""
         return few_step.is_few_step(self.pipe.scheduler)
 

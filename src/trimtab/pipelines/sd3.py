@@ -51,7 +51,7 @@ class SD3(Flow):
 
     def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Times (T + 1,) at which a student is called, with the model's own shift."""
-        if self.few_step:
+        if self.is_student:
             return few_step.times_of(self.pipe.scheduler, num_steps)
         return few_step_grid(num_steps, self.pipe.scheduler.config.shift)
 
