@@ -88,7 +88,7 @@ def test_an_exported_student_draws_the_same_in_stock_diffusers(family, lora, bui
     else:
         pipe = STOCK[family].from_pretrained(tmp_path / "export")
         ours = loading.load_for_sampling(str(tmp_path / "export"))
-    assert (ours.few_step, ours.num_calls) == (True, 3)
+    assert (ours.is_student, ours.num_calls) == (True, 3)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(5)
     how = {"height": SIZE, "width": SIZE}
@@ -130,7 +130,7 @@ def test_the_built_in_student_draws_the_same_in_stock_diffusers(turbo):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(5)
     stock = pipe(TEXT, num_inference_steps=1, guidance_scale=1.0, output_type="np", generator=generator).images[0]
-    assert (turbo.few_step, turbo.num_calls) == (True, 1)
+    assert (turbo.is_student, turbo.num_calls) == (True, 1)
     setting = Setting(suite="", num_inference_steps=1, few_step=True)
     images, _ = generate(turbo, "default", prompts(), torch.zeros(1, dtype=torch.int64), [5], setting)
     found = images[0].permute(1, 2, 0).numpy()

@@ -75,6 +75,16 @@ def test_without_that_input_guidance_is_the_usual_one(tiny_flux_folder, build_fa
     assert gap(packed(latents), expected) < 1e-4 * expected.abs().max()
 
 
+@torch.no_grad()
+def test_the_places_of_tokens_are_built_where_the_latents_are(tiny_flux_folder, build_face):
+    """And so not on the CPU, from where they would be copied at every call."""
+    face = build_face(tiny_flux_folder)
+    x_t, t, condition = noise(2, *face.latent_shape(32)), torch.tensor(0.5), face.encode(TEXTS)
+    expected = face.predict(x_t, t, condition, "default").flow
+    with torch.device("meta"):  # where a tensor lies that is not told where
+        assert torch.equal(face.predict(x_t, t, condition, "default").flow, expected)
+
+
 def test_the_shift_grows_with_the_size_and_a_students_is_that_of_its_own(tiny_flux_folder, build_face):
     face = build_face(tiny_flux_folder)
     small, large = (face.time_grid(4, resolution)[1].item() for resolution in (32, 512))

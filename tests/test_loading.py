@@ -61,12 +61,27 @@ def test_an_unknown_name_is_told_the_built_in_ones(monkeypatch, error):
     )
 
 
-def test_a_name_on_the_hub_is_judged_by_its_index_alone(monkeypatch, tmp_path):
-    (tmp_path / "index").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+def test_a_name_on_the_hub_is_judged_by_its_index_and_scheduler_alone(monkeypatch, tiny_folder):
     asked = []
-    monkeypatch.setattr(loading, "hf_hub_download", lambda *args: asked.append(args) or str(tmp_path / "index"))
+    monkeypatch.setattr(loading, "hf_hub_download", lambda model, file: asked.append(file) or str(tiny_folder / file))
     assert loading.resolve("someone/sd3") == "someone/sd3"
-    assert asked == [("someone/sd3", "model_index.json")]
+    assert asked == ["model_index.json", "scheduler/scheduler_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "has a DPMSolverMultistepScheduler; give it one of"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas=True and trimtab needs Fa"),
+    ],
+)
+@pytest.mark.parametrize("family", ["tiny_folder", "tiny_flux_folder"])
+def test_a_flow_model_whose_times_are_unknown_is_refused(request, tmp_path, family, name, config, message):
+    index = json.loads((request.getfixturevalue(family) / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / loading.SCHEDULER).write_text(json.dumps(config))
+    refused(tmp_path, message)
 
 
 @pytest.mark.parametrize("student", [True, False])
@@ -78,3 +93,46 @@ def test_a_students_lora_is_known_by_the_scheduler_beside_it(tmp_path, tiny_fold
     (tmp_path / "mine" / "scheduler").mkdir(parents=True)
     with pytest.raises(UserError, match=r"adapter '.*mine' is a few-step student, and crd begins from"):
         loading.check_many_steps(str(tiny_folder), adapters, "crd")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "refused"),
+    [
+        ("PNDMScheduler", {"timestep_spacing": "leading", "steps_offset": 1}, True),
+        ("DDIMScheduler", {}, True),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, False),  # as SD-Turbo and SDXL-Turbo have it
+        ("LCMScheduler", {"original_inference_steps": 1000}, False),
+    ],
+)
+def test_the_one_call_of_a_unet_is_made_at_noise_or_refused(
+    tmp_path, tiny_sd_folder, caplog, monkeypatch, name, config, refused
+):
+    (tmp_path / "scheduler").mkdir()
+    index = json.loads((tiny_sd_folder / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / loading.SCHEDULER).write_text(json.dumps(config | {"_class_name": name}))
+    monkeypatch.setattr(loading, "hf_hub_download", lambda model, file: str(tmp_path / file))
+    for model in (str(tmp_path), "stabilityai/sd-turbo"):
+        if refused:
+            with pytest.raises(UserError, match=r"drpo calls its generator once, .* where there is hardly any noise"):
+                loading.check_one_call(model, Adapters(), "drpo")
+        else:
+            loading.check_one_call(model, Adapters(), "drpo")
+    (tmp_path / "mine" / "scheduler").mkdir(parents=True)  # a student's LoRA brings its own
+    loading.check_one_call(str(tmp_path), Adapters((tmp_path / "mine" / LORA_FILE,)), "drpo")
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("model", "warnings"), [("micro", 1), ("someone/sd3", 1), ("micro-turbo", 0), ("stabilityai/sd3.5-large-turbo", 0)]
+)
+def test_a_transformer_of_which_nothing_says_that_few_calls_are_enough_is_told(
+    tmp_path, tiny_folder, caplog, monkeypatch, model, warnings
+):
+    monkeypatch.setattr(loading, "hf_hub_download", lambda model, file: str(tiny_folder / file))
+    loading.check_one_call(model, Adapters(), "drpo")
+    assert len(caplog.messages) == warnings
+    assert all(f"nothing says that model '{model}' draws well in few calls" in line for line in caplog.messages)
+    (tmp_path / "mine" / "scheduler").mkdir(parents=True)
+    loading.check_one_call(model, Adapters((tmp_path / "mine" / LORA_FILE,)), "drpo")
+    assert len(caplog.messages) == warnings

@@ -96,6 +96,24 @@ def test_baselines_have_one_gradient_at_any_batch_size(tiny, name):
     assert (same - gradient).abs().max() < 1e-5 * max(1, gradient.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("draft", {}), ("drpo", {"features": {"kind": "recognizer"}})], ids=["draft", "drpo"]
+)
+def test_gradient_checkpointing_keeps_less_of_the_auto_encoder_too_and_changes_no_gradient(tiny, name, settings):
+    found, kept = {}, {}
+    for checkpointing in (False, True):
+        face, counted = tiny(), []
+        latents = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        if checkpointing:
+            face.enable_gradient_checkpointing()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=counted: to.append(x.numel()) or x, lambda x: x):
+            face.decode(latents)
+        found[checkpointing], kept[checkpointing] = gradients(build(face, name, **settings)), sum(counted)
+    assert kept[True] < 0.5 * kept[False]
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-6)
+    assert (found[True][1] - found[False][1]).abs().max() <= 1e-6 * found[False][1].abs().max()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_everything_but_the_lora_stays_as_it_was(tiny, name):
     method = build(tiny(), name)

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trimtab import checkpoint, run, wiring
 from trimtab.cli import main
+from trimtab.errors import UserError
 from trimtab.learner import Learner
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import Rollouts
@@ -455,6 +456,13 @@ def ready(recipe):
     return build
 
 
+def test_gradient_checkpointing_is_asked_of_the_network_and_of_the_auto_encoder(recipe):
+    config = run.load_config(str(recipe(model={"gradient_checkpointing": True})))
+    built = wiring.build(config, Path("unused"), Accelerator(cpu=True), wiring.check(config), Silent())
+    assert built.pipeline.pipe.transformer.gradient_checkpointing
+    assert built.pipeline.pipe.vae.decoder.gradient_checkpointing
+
+
 def gradient(method, rollout):
     """All gradients of a batch as one vector."""
     parameters = list(method.trained()["default"].values())
@@ -676,6 +684,15 @@ def test_what_cannot_give_pairs_is_one_sentence(recipe, cli, words, sentence):
     code, _, error = cli(*words)
     assert code == 2
     assert sentence in error
+
+
+@pytest.mark.parametrize("name", ["drpo", "dpo-one-step", "draft"])
+def test_what_is_trained_in_one_call_is_a_model_of_few_calls_or_is_told(recipe, tiny_sd_folder, caplog, name):
+    path = recipe(**METHODS[name])
+    wiring.check(run.load_config(path))
+    assert sum("draws well in few calls" in line for line in caplog.messages) == 1
+    with pytest.raises(UserError, match="save the model with an LCMScheduler"):
+        wiring.check(run.load_config(path, [f"model.pretrained_model_name_or_path={tiny_sd_folder}"]))
 
 
 @pytest.mark.parametrize(

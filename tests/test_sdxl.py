@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from trimtab.errors import UserError
 from trimtab.pipelines import loading
@@ -37,6 +37,22 @@ def test_latents_equal_those_of_stock_diffusers_and_its_euler_at_any_size(
     expected = stock(TEXTS, latents=start, output_type="latent", **how).images
     latents = sample(face, start, face.time_grid(8), face.encode(TEXTS), "default", guidance_scale)
     assert gap(latents, expected) < 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("spacing", "num_steps"), [("leading", 1), ("leading", 5), ("trailing", 20)])
+def test_a_last_call_in_the_first_row_itself_changes_nothing_as_in_stock_diffusers(
+    build_face, stock, tmp_path, spacing, num_steps
+):
+    table = {"beta_schedule": "scaled_linear", "num_train_timesteps": 20, "timestep_spacing": spacing}
+    stock.scheduler = DDIMScheduler(**table, set_alpha_to_one=False, clip_sample=False)
+    stock.save_pretrained(tmp_path)
+    face, start = build_face(tmp_path), noise(1, 4, 8, 8)
+    expected = stock(TEXTS[:1], latents=start, output_type="latent", num_inference_steps=num_steps, guidance_scale=1.0)
+    times = face.time_grid(num_steps)
+    assert face.process.timestep(times).tolist() == stock.scheduler.timesteps.tolist()
+    latents = sample(face, start, times, face.encode(TEXTS[:1]), "default", 1.0)
+    assert gap(latents, expected.images) < 1e-4 * expected.images.abs().max()
 
 
 @torch.no_grad()

@@ -79,7 +79,10 @@ def test_vp_time_grid_visits_the_rows_of_ddim(spacing, offset):
 
 
 def test_vp_time_grid_can_end_in_the_first_row():
-    assert VariancePreserving().timestep(vp_time_grid(5, set_alpha_to_one=False)[-1]) == 0
+    timestep = VariancePreserving().timestep
+    assert timestep(vp_time_grid(5, steps_offset=1, set_alpha_to_one=False)).tolist() == [801, 601, 401, 201, 1, 0]
+    assert timestep(vp_time_grid(5, set_alpha_to_one=False)).tolist() == [800, 600, 400, 200, 0]  # and not twice
+    assert (vp_time_grid(1000, timestep_spacing="trailing", set_alpha_to_one=False).diff() < 0).all()
 
 
 def test_bad_grids_are_refused():

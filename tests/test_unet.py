@@ -278,9 +278,9 @@ def test_the_grid_is_the_rows_that_the_scheduler_visits_and_where_it_ends(schedu
 )
 def test_a_scheduler_whose_times_are_unknown_is_refused(name, config, message):
     with pytest.raises(UserError, match=message):
-        unet.check_scheduler(name, config, "mine")
+        unet.UNet.check_scheduler(name, config, "mine")
 
 
 def test_keys_that_the_scheduler_does_not_read_are_none_of_our_business():
-    unet.check_scheduler("PNDMScheduler", {"use_karras_sigmas": True, "timestep_type": "continuous"}, "mine")
-    unet.check_scheduler("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, "mine")
+    unet.UNet.check_scheduler("PNDMScheduler", {"use_karras_sigmas": True, "timestep_type": "continuous"}, "mine")
+    unet.UNet.check_scheduler("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, "mine")

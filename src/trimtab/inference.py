@@ -143,7 +143,7 @@ def _setting(pipeline: Pipeline, num_inference_steps: int | None, **how: Any) ->
     steps, made_for = num_inference_steps or pipeline.num_calls or evaluate.DEFAULT_STEPS, pipeline.num_calls
     if made_for and (steps != made_for or how.get("guidance_scale", 1) != 1):
         logger.warning("this student was made for %d call(s) without guidance, and is asked for another way", made_for)
-    return evaluate.Setting(num_inference_steps=steps, few_step=pipeline.few_step, **how)
+    return evaluate.Setting(num_inference_steps=steps, few_step=pipeline.is_student, **how)
 
 
 def _slug(text: str) -> str:

@@ -174,7 +174,7 @@ def _evaluate_base(run: Run) -> None:
     if config.base_guidance_scale is not None:
         steps = config.base_num_inference_steps or setting.num_inference_steps
         best = {"guidance_scale": config.base_guidance_scale, "num_inference_steps": steps}
-        _evaluate(run, "base-guided", REFERENCE, replace(setting, few_step=run.pipeline.few_step, **best))
+        _evaluate(run, "base-guided", REFERENCE, replace(setting, few_step=run.pipeline.is_student, **best))
 
 
 def _evaluate(run: Run, label: str, role: str, setting: evaluate.Setting) -> None:
@@ -214,7 +214,7 @@ def _setting(run: Run) -> evaluate.Setting:
         resolution=config.model.resolution,
         batch_size=config.rollout.sample_batch_size,
         precision=config.model.mixed_precision,
-        few_step=student or run.pipeline.few_step,
+        few_step=student or run.pipeline.is_student,
     )
 
 

@@ -45,6 +45,7 @@ def vp_time_grid(
     """Times (T + 1,) of a `VariancePreserving` table as diffusers' DDIMScheduler visits it; options keep its names.
 
     The grid ends in clean data, t = 0, or with set_alpha_to_one=False in the table's first row (Stable Diffusion 1.5).
+    Where that row is the last call's own, the grid is one shorter: such a call changes nothing.
     With "trailing", DDIMScheduler steps by N // T rows whatever its next timestep is, so we agree where T divides N.
     """
     if not 0 < num_steps <= num_train_timesteps:
@@ -55,7 +56,9 @@ def vp_time_grid(
         rows = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)) - 1
     else:
         raise ValueError(f"timestep_spacing {timestep_spacing!r} is neither 'leading' nor 'trailing'")
-    rows = np.append(rows, -1 if set_alpha_to_one else 0)
+    end = -1 if set_alpha_to_one else 0
+    if rows[-1] != end:
+        rows = np.append(rows, end)
     return torch.from_numpy((rows + 1) / num_train_timesteps).float()
 
 

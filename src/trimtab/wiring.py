@@ -121,7 +121,10 @@ def check(config: RunConfig) -> Inputs:
         loading.check_tokens(config.method.tokens, model)
         return replace(_captioned_inputs(config), adapters=adapters)
     kinds = {**dict.fromkeys(DISTILLATION, _distillation_inputs), **dict.fromkeys(ONE_STEP, _one_step_inputs)}
-    return replace(kinds.get(config.method.name, _online_inputs)(config), adapters=adapters)
+    inputs = replace(kinds.get(config.method.name, _online_inputs)(config), adapters=adapters)
+    if config.method.name in ONE_STEP:
+        loading.check_one_call(model, adapters, config.method.name)  # last, for it may only warn
+    return inputs
 
 
 def _check_read(config: RunConfig) -> None:
@@ -314,7 +317,7 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
         rollouts = _rollouts(config, accelerator, inputs, pipeline)
         method = ONLINE[name](config.method, pipeline, rollouts, config.training.train_batch_size)
     if pipeline is not None and config.model.gradient_checkpointing:
-        pipeline.roles.enable_gradient_checkpointing()
+        pipeline.enable_gradient_checkpointing()
     learner = Learner(method, accelerator, config.optimizer, config.training.max_train_steps)
     return Run(config, folder, accelerator, learner, method, pipeline, inputs.rewards, inputs.unseen, display)
 

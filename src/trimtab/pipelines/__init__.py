@@ -24,7 +24,7 @@ class Pipeline(Protocol):
     precision: torch.dtype  # of its computations
 
     @property
-    def few_step(self) -> bool:
+    def is_student(self) -> bool:
         """Whether the model is a student, which predicts x0 and noises it afresh."""
 
     @property
@@ -49,6 +49,9 @@ class Pipeline(Protocol):
 
     def between_calls(self, noise: Tensor) -> Tensor:
         """Noise (T, B, C, h, w) put in the order in which the stock pipeline draws what it adds between calls."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade compute for memory wherever a gradient passes."""
 
     def encode(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts; each distinct prompt is encoded once."""

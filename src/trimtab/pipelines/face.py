@@ -4,7 +4,8 @@ A family says where its network is, how it embeds prompts, what its times are an
 remembered, guidance, latents, pictures and weights on disk are the same for all.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.batch import Condition
+from trimtab.errors import UserError
 from trimtab.pipelines import few_step
 from trimtab.prediction import Kind, Prediction
 from trimtab.process import Process
@@ -33,6 +35,7 @@ class Face:
     NETWORK: ClassVar[str]  # the part that learns
     PIPELINE: ClassVar[type[DiffusionPipeline]]
     TARGETS: ClassVar[tuple[str, ...]]  # modules that a LoRA changes unless told otherwise
+    SCHEDULERS: ClassVar[tuple[type[SchedulerMixin], ...]]  # whose times are known
     PACKED: ClassVar[int] = 1  # latents a side that the network takes as one, beside its own patches
     HALF_VAE: ClassVar[bool] = True  # whether the auto-encoder stands half precision
 
@@ -49,6 +52,31 @@ class Face:
     @staticmethod
     def prepare(network: torch.nn.Module) -> None:
         """Change what a family must in a network, before roles make copies of it."""
+
+    @classmethod
+    def check_scheduler(cls, name: str | None, config: Mapping[str, Any], model: str) -> None:
+        """UserError unless class and configuration of a model's scheduler are such that its times are known.
+
+        Only keys that the class reads are judged: a file also keeps those of the classes that it was converted from.
+        """
+        kinds = {kind.__name__: kind for kind in cls.SCHEDULERS}
+        if name not in kinds:
+            raise UserError(f"model {model!r} has a {name}; give it one of {', '.join(kinds)}.")
+        understood = cls.understood(config)
+        for key, parameter in inspect.signature(kinds[name]).parameters.items():
+            value = config.get(key, parameter.default)
+            known = understood.get(key, (value,))
+            if value not in known:
+                known = " or ".join(repr(each) for each in known if each is not None or len(known) == 1)
+                raise UserError(
+                    f"the scheduler of model {model!r} has {key}={value!r} and trimtab needs {known}; "
+                    "take another model, or save it with another scheduler."
+                )
+
+    @classmethod
+    def understood(cls, config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """Values of a scheduler's configuration at which its times are known; keys that are not named may have any."""
+        raise NotImplementedError
 
     @property
     def resolution(self) -> int:
@@ -81,7 +109,7 @@ class Face:
         return noise
 
     @property
-    def few_step(self) -> bool:
+    def is_student(self) -> bool:
         """Whether the model itself is a student, which predicts x0 and noises it afresh."""
         return few_step.is_few_step(self.pipe.scheduler)
 
@@ -89,6 +117,11 @@ class Face:
     def num_calls(self) -> int | None:
         """How many calls the model was distilled to, if that is known."""
         return few_step.num_calls(self.pipe.scheduler)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade compute for memory: in every trained role, and in the auto-encoder, where pictures want a gradient."""
+        self.roles.enable_gradient_checkpointing()
+        self.pipe.vae.enable_gradient_checkpointing()
 
     def embed(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""

@@ -5,7 +5,8 @@ everywhere but inside the network. The shift of its times grows with the size of
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +15,23 @@ from torch import Tensor
 
 from trimtab.batch import Condition
 from trimtab.pipelines import few_step
-from trimtab.pipelines.face import Face
+from trimtab.pipelines.flow import Flow
 from trimtab.prediction import Prediction
-from trimtab.process import RectifiedFlow
-from trimtab.roles import Roles
 from trimtab.solvers import few_step_grid
 
 MAX_TEXT_TOKENS = 512  # of T5; the default of FluxPipeline
 
 
-class Flux(Face):
+class Flux(Flow):
     """A `FluxPipeline` with roles over its transformer."""
 
-    NETWORK = "transformer"
     PIPELINE = FluxPipeline
-    TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     PACKED = 2
 
-    def __init__(self, pipe: FluxPipeline, roles: Roles, precision: torch.dtype):
-        super().__init__(pipe, roles, precision, RectifiedFlow(), "flow")
+    @classmethod
+    def understood(cls, config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """Values of a scheduler's configuration; the shift may grow with the size of the picture."""
+        return super().understood(config) | {"use_dynamic_shifting": (False, True)}
 
     @property
     def resolution(self) -> int:
@@ -82,7 +81,8 @@ class Flux(Face):
         self, role: str, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: float | None = None
     ) -> Tensor:
         height, width = (side // self.PACKED for side in x_t.shape[2:])
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        sides = (torch.arange(side, device=x_t.device) for side in (height, width))
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)  # (N, 3)
         packed = self.roles(
             role,

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from trimtab.errors import UserError
-from trimtab.pipelines import Pipeline, unet
+from trimtab.pipelines import Pipeline
 from trimtab.pipelines.adapters import Adapters, find, merge
 from trimtab.pipelines.face import Face
 from trimtab.pipelines.flux import Flux
@@ -29,9 +29,11 @@ from trimtab.roles import LoraSettings, Roles
 
 logger = logging.getLogger(__name__)
 
+SCHEDULER = "scheduler/scheduler_config.json"
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = {"micro": ASSETS / "micro", "micro-turbo": ASSETS / "micro"}
 STUDENTS = {"micro-turbo": ASSETS / "micro-turbo"}  # the network and the scheduler that make students of them
+FEW_STEP_NAMES = ("turbo", "schnell")  # of published transformers, whose schedulers are those of their teachers
 FACES = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -48,9 +50,8 @@ def resolve(model: str) -> str:
     kind = index.get("_class_name")
     if kind not in FACES:
         raise UserError(f"model {model!r} is a {kind}; trimtab supports {', '.join(FACES)}.")
-    if FACES[kind].NETWORK == "unet":
-        scheduler = index.get("scheduler") or [None]
-        unet.check_scheduler(scheduler[-1], _json(path, "scheduler/scheduler_config.json", model), model)
+    scheduler = index.get("scheduler") or [None]
+    FACES[kind].check_scheduler(scheduler[-1], _json(path, SCHEDULER, model), model)
     return path
 
 
@@ -223,15 +224,44 @@ def check_adapters(adapters: Sequence[str], model: str) -> Adapters:
 def check_many_steps(model: str, adapters: Adapters, method: str) -> None:
     """UserError for a model that is a few-step student, by itself or by a LoRA: it can't teach one, and what trains a
     model at all its times would undo it."""
-    config = _json(resolve(model), "scheduler/scheduler_config.json", model)
-    few = config.get("_class_name") == "LCMScheduler" or config.get("stochastic_sampling")
-    students = [file.parent for file in adapters.loras if (file.parent / "scheduler").is_dir()]
-    if few or students or model in STUDENTS:
-        found = f"adapter {str(students[0])!r}" if students else f"model {model!r}"
+    found = _few_step(model, adapters)
+    if found is not None:
         raise UserError(
             f"{found} is a few-step student, and {method} begins from a model of many steps; give the one that it was "
             "made from, or a method for generators of one call, such as drpo."
         )
+
+
+def check_one_call(model: str, adapters: Adapters, method: str) -> None:
+    """UserError for a UNet whose scheduler makes the first of its calls away from noise, for one call would be made
+    there. A warning for a transformer, which is called at noise, where nothing says that few calls are enough."""
+    if _few_step(model, adapters) is not None:
+        return
+    path = resolve(model)
+    if FACES[_index(path, model)["_class_name"]].NETWORK != "unet":
+        if not any(word in model.lower() for word in FEW_STEP_NAMES):
+            logger.warning(
+                "nothing says that model %r draws well in few calls, and %s trains it in one: begin with a student, "
+                "such as micro-turbo or one that gndm makes, unless this is one",
+                model,
+                method,
+            )
+    elif _json(path, SCHEDULER, model).get("timestep_spacing") != "trailing":
+        raise UserError(
+            f"{method} calls its generator once, and the scheduler of model {model!r} makes that call where there is "
+            "hardly any noise; save the model with an LCMScheduler or with timestep_spacing='trailing', if it is made "
+            "for one call, or give one that is, such as stabilityai/sd-turbo."
+        )
+
+
+def _few_step(model: str, adapters: Adapters) -> str | None:
+    """What makes a model a few-step student: itself or a LoRA. None: nothing that is known."""
+    students = [file.parent for file in adapters.loras if (file.parent / "scheduler").is_dir()]
+    if students:
+        return f"adapter {str(students[0])!r}"
+    config = _json(resolve(model), SCHEDULER, model)
+    few = config.get("_class_name") == "LCMScheduler" or config.get("stochastic_sampling")
+    return f"model {model!r}" if few or model in STUDENTS else None
 
 
 def check_tokens(settings: TokenSettings, model: str) -> None:

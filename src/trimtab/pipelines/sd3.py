@@ -5,8 +5,9 @@ for an absent T5 encoder, act as one token counted n times, and adding log n to 
 same output for less work: exp(s + log n) = n exp(s). `encode` folds them; `WeightedAttention` counts them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +18,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.batch import Condition
 from trimtab.pipelines import few_step
-from trimtab.pipelines.face import Face
-from trimtab.process import RectifiedFlow
+from trimtab.pipelines.flow import Flow
 from trimtab.roles import Roles
 from trimtab.solvers import few_step_grid, time_grid
 
 MAX_TEXT_TOKENS = 256  # of T5; the default of StableDiffusion3Pipeline
 
 
-class SD3(Face):
+class SD3(Flow):
     """A `StableDiffusion3Pipeline` with roles over its transformer."""
 
-    NETWORK = "transformer"
     PIPELINE = StableDiffusion3Pipeline
-    TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def __init__(self, pipe: StableDiffusion3Pipeline, roles: Roles, precision: torch.dtype):
         self._weight = _folded(pipe, next(roles.network.parameters()).device)
-        super().__init__(pipe, roles, precision, RectifiedFlow(), "flow")
+        super().__init__(pipe, roles, precision)
+
+    @classmethod
+    def understood(cls, config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """Values of a scheduler's configuration; a student's times are asked of it, and may end anywhere."""
+        anywhere = {"shift_terminal": (config.get("shift_terminal"),)}
+        return super().understood(config) | (anywhere if config.get("stochastic_sampling") else {})
 
     @staticmethod
     def prepare(network: SD3Transformer2DModel) -> None:
@@ -47,7 +51,7 @@ class SD3(Face):
 
     def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
         """Times (T + 1,) at which a student is called, with the model's own shift."""
-        if self.few_step:
+        if self.is_student:
             return few_step.times_of(self.pipe.scheduler, num_steps)
         return few_step_grid(num_steps, self.pipe.scheduler.config.shift)
 

@@ -6,46 +6,25 @@ Half precision overflows in SDXL's auto-encoder, which therefore always computes
 from collections.abc import Sequence
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from trimtab.batch import Condition
-from trimtab.pipelines import few_step, unet
-from trimtab.pipelines.face import Face
+from trimtab.pipelines.unet import UNet
 from trimtab.roles import Roles
-from trimtab.solvers import vp_few_step_grid
 
 
-class SDXL(Face):
+class SDXL(UNet):
     """A `StableDiffusionXLPipeline` with roles over its UNet."""
 
-    NETWORK = "unet"
     PIPELINE = StableDiffusionXLPipeline
-    TARGETS = unet.ATTENTION
     HALF_VAE = False
 
     def __init__(self, pipe: StableDiffusionXLPipeline, roles: Roles, precision: torch.dtype):
-        process = unet.process(pipe.scheduler, next(roles.network.parameters()).device)
-        super().__init__(pipe, roles, precision, process, unet.kind(pipe.scheduler))
+        super().__init__(pipe, roles, precision)
         if pipe.config.force_zeros_for_empty_prompt:
             empty = self.unconditional
             self.unconditional = Condition(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
-
-    def time_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
-        """Times (T + 1,) of the rows that the pipeline's own scheduler visits."""
-        return unet.time_grid(self.pipe.scheduler, num_steps)
-
-    def start(self, noise: Tensor) -> Tensor:
-        """What the stock pipeline's solver starts from (B, C, h, w), given standard normal noise."""
-        return unet.start(self.pipe.scheduler, noise)
-
-    def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
-        """Times (T + 1,) at which a student is called."""
-        return vp_few_step_grid(num_steps, len(self.process.alphas_cumprod))
-
-    def student_scheduler(self, num_calls: int, resolution: int | None = None) -> LCMScheduler:
-        """With which stock diffusers samples a student of this model."""
-        return few_step.table_scheduler(num_calls, self.pipe.scheduler.config)
 
     def embed(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
@@ -67,4 +46,6 @@ class SDXL(Face):
     def _sizes(self, x_t: Tensor) -> Tensor:
         """Original size, crop and target size (B, 6) in pixels: a whole picture of the size that it has."""
         height, width = (side * self.pipe.vae_scale_factor for side in x_t.shape[2:])
-        return x_t.new_tensor([height, width, 0, 0, height, width]).expand(len(x_t), -1)
+        sizes = x_t.new_zeros(len(x_t), 6)  # filled where it lies; a list would come from the CPU at every call
+        sizes[:, 0::4], sizes[:, 1::4] = height, width
+        return sizes

@@ -4,13 +4,13 @@ A scheduler is asked for its table, for what the network predicts, and for the r
 them are those of `solvers`: along one list of rows DDIM and Euler are the same, and PNDM visits the second row twice.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -18,21 +18,16 @@ from diffusers import (
 )
 from torch import Tensor
 
-from trimtab.errors import UserError
+from trimtab.pipelines import few_step
+from trimtab.pipelines.face import Face
 from trimtab.prediction import Kind
 from trimtab.process import NUM_TIMESTEPS, VariancePreserving
+from trimtab.roles import Roles
 from trimtab.solvers import vp_few_step_grid, vp_time_grid
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v"}  # diffusers' word -> that of `Prediction`
 Scheduler = DDIMScheduler | PNDMScheduler | EulerDiscreteScheduler | EulerAncestralDiscreteScheduler | LCMScheduler
-SCHEDULERS = {
-    "DDIMScheduler": DDIMScheduler,
-    "PNDMScheduler": PNDMScheduler,
-    "EulerDiscreteScheduler": EulerDiscreteScheduler,
-    "EulerAncestralDiscreteScheduler": EulerAncestralDiscreteScheduler,
-    "LCMScheduler": LCMScheduler,
-}
 UNDERSTOOD = {  # values of a scheduler's configuration; any other would move the times away from the table's rows
     "prediction_type": tuple(KINDS),
     "timestep_spacing": ("leading", "trailing"),
@@ -44,25 +39,48 @@ UNDERSTOOD = {  # values of a scheduler's configuration; any other would move th
 }
 
 
-def check_scheduler(name: str | None, config: Mapping[str, Any], model: str) -> None:
-    """UserError unless class and configuration of a model's scheduler are such that its times are known.
+class UNet(Face):
+    """A pipeline with roles over its UNet. A family adds how it embeds prompts and what else its UNet is told."""
 
-    Only keys that the class reads are judged: a file also keeps those of the classes that it was converted from.
-    """
-    if name not in SCHEDULERS:
-        raise UserError(f"model {model!r} has a {name}; give it one of {', '.join(SCHEDULERS)}.")
-    for key, parameter in inspect.signature(SCHEDULERS[name]).parameters.items():
-        value = config.get(key, parameter.default)
-        if name == "LCMScheduler" and key == "original_inference_steps":
-            known = (config.get("num_train_timesteps", NUM_TIMESTEPS),)  # or its rows would be others than a student's
-        else:
-            known = UNDERSTOOD.get(key, (value,))
-        if value not in known:
-            known = " or ".join(repr(each) for each in known if each is not None)
-            raise UserError(
-                f"the scheduler of model {model!r} has {key}={value!r} and trimtab needs {known}; "
-                "take another model, or save it with another scheduler."
-            )
+    NETWORK = "unet"
+    TARGETS = ATTENTION
+    SCHEDULERS = (
+        DDIMScheduler,
+        PNDMScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        LCMScheduler,
+    )
+
+    def __init__(self, pipe: DiffusionPipeline, roles: Roles, precision: torch.dtype):
+        noise = process(pipe.scheduler, next(roles.network.parameters()).device)
+        super().__init__(pipe, roles, precision, noise, KINDS[pipe.scheduler.config.prediction_type])
+
+    @classmethod
+    def understood(cls, config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """Values of a scheduler's configuration at which its times are known: LCM's, if they are of the whole table."""
+        return UNDERSTOOD | {"original_inference_steps": (config.get("num_train_timesteps", NUM_TIMESTEPS),)}
+
+    def time_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
+        """Falling times of the rows that the pipeline's own scheduler visits."""
+        return time_grid(self.pipe.scheduler, num_steps)
+
+    def few_step_grid(self, num_steps: int, resolution: int | None = None) -> Tensor:
+        """Times (T + 1,) at which a student is called."""
+        return vp_few_step_grid(num_steps, len(self.process.alphas_cumprod))
+
+    def student_scheduler(self, num_calls: int, resolution: int | None = None) -> LCMScheduler:
+        """With which stock diffusers samples a student of this model."""
+        return few_step.table_scheduler(num_calls, self.pipe.scheduler.config)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Where the scheduler starts, in the units of the table. Euler's with trailing rows, as the Turbo models have
+        it, puts sigma times the noise in and no data, 0.9977 of unit size at row 999; all others unit size."""
+        scheduler = self.pipe.scheduler
+        euler = isinstance(scheduler, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler)
+        if not euler or scheduler.config.timestep_spacing != "trailing":
+            return noise
+        return noise * (1 - scheduler.alphas_cumprod[-1]).sqrt().item()
 
 
 def process(scheduler: Scheduler, device: torch.device) -> VariancePreserving:
@@ -70,27 +88,13 @@ def process(scheduler: Scheduler, device: torch.device) -> VariancePreserving:
     return VariancePreserving(scheduler.alphas_cumprod.to(device))
 
 
-def kind(scheduler: Scheduler) -> Kind:
-    """What the network predicts."""
-    return KINDS[scheduler.config.prediction_type]
-
-
 def time_grid(scheduler: Scheduler, num_steps: int) -> Tensor:
-    """Times (T + 1,) of the rows that the scheduler visits."""
+    """Falling times of the rows that the scheduler visits, and where it ends."""
     config = scheduler.config
     size = len(scheduler.alphas_cumprod)
     if isinstance(scheduler, LCMScheduler):
         return vp_few_step_grid(num_steps, size)
     return vp_time_grid(num_steps, size, config.timestep_spacing, config.steps_offset, _ends_clean(scheduler))
-
-
-def start(scheduler: Scheduler, noise: Tensor) -> Tensor:
-    """Where the scheduler starts, in the units of the table. Euler's with trailing rows, as the Turbo models have it,
-    puts sigma times the noise in and no data, 0.9977 of unit size at row 999; all others unit size."""
-    euler = isinstance(scheduler, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler)
-    if not euler or scheduler.config.timestep_spacing != "trailing":
-        return noise
-    return noise * (1 - scheduler.alphas_cumprod[-1]).sqrt().item()
 
 
 def _ends_clean(scheduler: Scheduler) -> bool:
