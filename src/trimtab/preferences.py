@@ -17,7 +17,7 @@ from trimtab.learner import accelerator
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
 from trimtab.run import ABOUT
-from trimtab.wiring import ONE_STEP, ONLINE, Display, Run, build, check
+from trimtab.wiring import ONE_STEP, ONLINE, Display, Run, build, check, check_one_process
 
 
 def write_pairs(
@@ -28,6 +28,7 @@ def write_pairs(
     `step` names the checkpoint, 0 the untrained weights; None is the latest there is. UserError where there is none, or
     where the run has no rewards to rank by, before weights load.
     """
+    check_one_process("trimtab pairs")  # else each would replace the file by its own share
     config, step, saved = _checked(folder, step)
     if 2 * num_pairs > config.rollout.group_size:
         raise UserError(
@@ -46,7 +47,7 @@ def write_pairs(
         display.progress("ranking", number + 1, num_rollouts)
     if not lines:
         raise UserError(
-            f"in {num_rollouts} rollouts no prompt has candidates of different scores; give more --rollouts."
+            f"no prompt has candidates of different scores (--rollouts {num_rollouts}); give more --rollouts."
         )
     atomic_write(output / "pairs.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return output / "pairs.jsonl"
