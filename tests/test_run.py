@@ -393,8 +393,8 @@ def spawned():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trimtab.run"])
 
-    def start(*args):
-        process = context.Process(target=go, args=args)
+    def start(*args, target=go):
+        process = context.Process(target=target, args=args)
         process.start()
         return process
 
@@ -405,6 +405,27 @@ def finished(spawned, path):
     process = spawned(str(path))
     process.join()
     return process.exitcode
+
+
+def test_processes_that_see_different_checkpoints_all_stop(spawned, tmp_path):
+    checkpoint.save(tmp_path / "0" / "checkpoint-100", {})
+    processes = [spawned(rank, str(tmp_path), target=resume_apart) for rank in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def resume_apart(rank: int, folder: str) -> None:
+    """Each process looks into a folder of its own, as on two machines that share no file system."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    processes = Accelerator(cpu=True)
+    with pytest.raises(run.UserError, match=rf"/{rank} at steps 100, 0; .* that all machines share"):
+        run._saved(Path(folder) / str(rank), processes)
+    shared = run._saved(Path(folder) / "0", processes)
+    assert shared.name == "checkpoint-100"
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("method", METHODS)

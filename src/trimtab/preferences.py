@@ -69,7 +69,7 @@ def _checked(folder: Path, step: int | None) -> tuple[RunConfig, int, Path | Non
         return config, 0, None
     if not saved.is_dir():
         raise UserError(f"{folder} keeps no {saved.name}; give --step 0, or that of one of its checkpoint folders.")
-    return config, int(saved.name.split("-")[1].split(".")[0]), saved
+    return config, checkpoint.step_of(saved), saved
 
 
 def _ranked(run: Run, step: int, num_pairs: int, output: Path) -> list[dict]:
