@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from trimtab.cli import main
+from trimtab.cli import console, main
 from trimtab.files import lock
 from trimtab.pipelines import adapters, few_step, loading
 from trimtab.pipelines.sd3 import SD3
@@ -555,6 +555,34 @@ def test_the_default_folder_names_the_adapters(cli, recipe, tiny_folder, tmp_pat
     ]
 
 
+def evaluated(model, adapters, suite, folder, display, **how):
+    """Stands for `inference.evaluate_model`: says something, and has nothing to show."""
+    display.note("noted")
+    display.progress("evaluating", 1, 1)
+    return {"scores": {}}
+
+
+@pytest.mark.parametrize("name", ["out[/x]dir", "out[bold]dir", "a:star:dir"])
+def test_a_name_with_rich_markup_is_shown_as_it_is(cli, refused, recipe, monkeypatch, name):
+    monkeypatch.setattr("trimtab.inference.evaluate_model", evaluated)
+    code, stdout, stderr = cli("evaluate", "micro", "--output", name)
+    assert (code, stderr) == (0, "")
+    assert f" {Path(name).name} \n" in stdout  # the table's header
+    assert f"{Path(name).resolve()}/results.json\n" in stdout
+    assert name in refused("train", name)
+
+
+@pytest.mark.parametrize(("rank", "silent"), [("0", False), ("1", True)])
+def test_of_several_processes_the_first_speaks_for_all(cli, recipe, monkeypatch, rank, silent):
+    monkeypatch.setattr("trimtab.inference.evaluate_model", evaluated)
+    monkeypatch.setattr(console, "quiet", console.quiet)  # and back again
+    monkeypatch.setenv("RANK", rank)
+    code, stdout, _ = cli("evaluate", "micro")
+    assert code == 0
+    assert (stdout == "") is silent
+    assert ("noted" in stdout and "evaluating 1/1" in stdout) is not silent
+
+
 def test_a_reward_that_fails_leaves_the_pictures_and_one_line(cli, recipe, tiny_folder):
     words = ["--suite", "prompts.txt", "--reward", "reward.py:raises", "--num-inference-steps", 1, "--output", "new"]
     code, _, stderr = cli("evaluate", tiny_folder, *words)
@@ -637,7 +665,7 @@ def test_a_recipe_s_description_is_told_to_its_end(cli):
 def test_recipes_are_listed_without_torch_and_the_hub_s_retries_are_not_told():
     script = """
 import logging, sys
-from trimtab.cli import main
+from trimtab.cli import console, main
 main()
 assert "torch" not in sys.modules
 from huggingface_hub import hf_hub_download
