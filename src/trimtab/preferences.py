@@ -94,7 +94,7 @@ def _ranked(run: Run, step: int, num_pairs: int, output: Path) -> list[dict]:
         for name, rows in sides.items():
             names = [f"pictures/step{step:06d}-{prompts.index[g]:06d}-{int(drawn.sibling[i]):03d}.png" for i in rows]
             for i, picture in zip(rows, names, strict=True):
-                atomic_write(output / picture, evaluate.png(images[i]))
+                atomic_write(output / picture, evaluate.png(images[i]), durable=False)
             line |= {name: names, f"{name}_scores": scores[rows].tolist()}
         lines.append(line)
     return lines
