@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
+from trimtab import __version__
 from trimtab.cli import console, main
 from trimtab.files import lock
 from trimtab.pipelines import adapters, few_step, loading
@@ -622,6 +623,9 @@ def test_a_reward_that_fails_leaves_the_pictures_and_one_line(cli, recipe, tiny_
         (["report", "nowhere"], "nowhere"),
         (["bench", "pretrain-micro"], "pre-training"),
         (["bench", "nothing"], "no recipe"),
+        (["train", "pretrain"], "did you mean pretrain-micro-vae or pretrain-micro or pretrain-recognizer?"),
+        (["train", "y" * 300], "y: File name too long"),
+        (["sample", "micro", "-p", "a", "--output", "/proc/new"], "folder /proc cannot be written to"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_refused(refused, recipe, words, says):
@@ -637,6 +641,10 @@ def test_a_real_process_says_one_sentence_and_no_traceback(recipe, tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("trimtab: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_version_is_told(cli):
+    assert cli("--version") == (0, f"trimtab {__version__}\n", "")
 
 
 def test_without_a_command_the_help_is_shown_and_nothing_else(cli):
@@ -665,6 +673,7 @@ def test_a_recipe_s_description_is_told_to_its_end(cli):
 def test_recipes_are_listed_without_torch_and_the_hub_s_retries_are_not_told():
     script = """
 import logging, sys
+from trimtab import __version__
 from trimtab.cli import console, main
 main()
 assert "torch" not in sys.modules

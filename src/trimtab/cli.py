@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from trimtab import __version__
 from trimtab.errors import RunStopped, UserError
 
 app = typer.Typer(
@@ -21,6 +22,20 @@ app = typer.Typer(
 )
 PLAIN = {"markup": False, "emoji": False, "highlight": False}  # names are the user's own: [x] and :star: are text
 console = Console(**PLAIN)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"trimtab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None: ...
 
 
 def _finite(value: float) -> float:
@@ -264,6 +279,10 @@ def main() -> None:
         sys.exit(_failed("interrupted; a training run goes on with --resume", 130))
     except RunStopped as error:
         sys.exit(_failed(str(error), 1))
+    except OSError as error:
+        if error.filename is None:  # not of a file that somebody named
+            raise
+        sys.exit(_failed(f"{error.filename}: {error.strerror}", 2))
 
 
 def _failed(sentence: str, code: int) -> int:
