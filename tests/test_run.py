@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trimtab import checkpoint, run, wiring
+from trimtab import bench, checkpoint, run, wiring
 from trimtab.cli import main
 from trimtab.learner import Learner
 from trimtab.rewards.composite import Composite
@@ -600,6 +601,21 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(ready):
     assert record.metrics["updates"] == 2
     assert all(p.isfinite().all() for p in learner.parameters["default"].values())
     assert max(gap(p.detach(), before[name]) for name, p in learner.parameters["default"].items()) > 0
+
+
+@pytest.mark.parametrize("method", ["crd", "agsm"])
+def test_what_bench_times_is_no_part_of_the_first_update(recipe, monkeypatch, method):
+    def totals(running, *_):
+        networks = running.learner.parameters.values()
+        left.extend(p.grad is not None for network in networks for p in network.values())
+        return defaultdict(lambda: 1.0)
+
+    left = []
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    monkeypatch.setattr(bench, "_totals", totals)
+    bench.bench(run.load_config(recipe(**METHODS[method])), Silent(), 1)
+    assert left
+    assert not any(left)
 
 
 # Candidates as preferences
