@@ -2,7 +2,9 @@
 
 import itertools
 import logging
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -204,8 +206,44 @@ def test_what_was_found_broken_is_remembered_by_a_resumed_run(captioned, folder,
     assert "not those of the interrupted run" in caplog.text
 
 
+def test_what_any_process_finds_broken_all_count_once_and_remember_after_a_resume(captioned, folder, caplog):
+    broken(folder, 2, 7)
+    pair = [captioned(on_error="skip", rank=rank, num_processes=2, batch_size=2) for rank in range(2)]
+    for step in range(6):
+        together(pair, step)
+    assert [made.log()["skipped_pictures"] for made in pair] == [2, 2]
+    again = [captioned(on_error="skip", rank=rank, num_processes=2, batch_size=2) for rank in range(2)]
+    for made in again:
+        made.load_state_dict(pair[0].state_dict())  # the first process wrote it
+    caplog.clear()
+    for step in range(6, 12):
+        together(again, step)
+    assert [made.log()["skipped_pictures"] for made in again] == [2, 2]
+    assert "left out" not in caplog.text
+
+
+def together(pair, step):
+    """A step of two processes, each in a thread, which exchange their rows at a barrier."""
+    rows, barrier = [None, None], threading.Barrier(2, timeout=30)
+
+    def gathering(rank):
+        def gather(own):
+            rows[rank] = own
+            barrier.wait()
+            found = torch.cat(rows)
+            barrier.wait()
+            return found
+
+        return gather
+
+    with ThreadPoolExecutor(2) as threads:
+        for rank, made in enumerate(pair):
+            made.gather = gathering(rank)
+        list(threads.map(lambda made: made.collect(step), pair))
+
+
 def test_where_one_process_cannot_go_on_all_stop(captioned, folder):
     other = captioned(num_processes=2, batch_size=2, num_workers=0)
-    other.gather = lambda state: torch.cat([state, torch.tensor([1.0, 0.0])])
+    other.gather = lambda own: torch.cat([own, torch.tensor([1, 0])])
     with pytest.raises(UserError, match="another process found a picture"):
         other.collect(0)

@@ -13,7 +13,8 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from trimtab.cli import main
+from trimtab import __version__
+from trimtab.cli import console, main
 from trimtab.files import lock
 from trimtab.pipelines import adapters, few_step, loading
 from trimtab.pipelines.sd3 import SD3
@@ -481,6 +482,13 @@ def test_prompts_that_cannot_be_shared_by_the_processes_are_refused(refused, rec
     assert "2 prompts can't be shared by 4 processes" in refused("train", recipe())
 
 
+@pytest.mark.parametrize("words", [["train", "pretrain-recognizer"], ["pairs", "runs/mine"]])
+def test_what_several_processes_would_do_over_and_over_is_refused(refused, recipe, monkeypatch, words):
+    a_run(recipe())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "is the work of one process, and 2 were started" in refused(*words)
+
+
 def test_fewer_prompts_than_a_step_takes_are_told(refused, recipe, monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "4")  # so that it goes no further
     refused("train", recipe(), "rollout.num_prompts=16")
@@ -548,6 +556,34 @@ def test_the_default_folder_names_the_adapters(cli, recipe, tiny_folder, tmp_pat
     ]
 
 
+def evaluated(model, adapters, suite, folder, display, **how):
+    """Stands for `inference.evaluate_model`: says something, and has nothing to show."""
+    display.note("noted")
+    display.progress("evaluating", 1, 1)
+    return {"scores": {}}
+
+
+@pytest.mark.parametrize("name", ["out[/x]dir", "out[bold]dir", "a:star:dir"])
+def test_a_name_with_rich_markup_is_shown_as_it_is(cli, refused, recipe, monkeypatch, name):
+    monkeypatch.setattr("trimtab.inference.evaluate_model", evaluated)
+    code, stdout, stderr = cli("evaluate", "micro", "--output", name)
+    assert (code, stderr) == (0, "")
+    assert f" {Path(name).name} \n" in stdout  # the table's header
+    assert f"{Path(name).resolve()}/results.json\n" in stdout
+    assert name in refused("train", name)
+
+
+@pytest.mark.parametrize(("rank", "silent"), [("0", False), ("1", True)])
+def test_of_several_processes_the_first_speaks_for_all(cli, recipe, monkeypatch, rank, silent):
+    monkeypatch.setattr("trimtab.inference.evaluate_model", evaluated)
+    monkeypatch.setattr(console, "quiet", console.quiet)  # and back again
+    monkeypatch.setenv("RANK", rank)
+    code, stdout, _ = cli("evaluate", "micro")
+    assert code == 0
+    assert (stdout == "") is silent
+    assert ("noted" in stdout and "evaluating 1/1" in stdout) is not silent
+
+
 def test_a_reward_that_fails_leaves_the_pictures_and_one_line(cli, recipe, tiny_folder):
     words = ["--suite", "prompts.txt", "--reward", "reward.py:raises", "--num-inference-steps", 1, "--output", "new"]
     code, _, stderr = cli("evaluate", tiny_folder, *words)
@@ -587,6 +623,9 @@ def test_a_reward_that_fails_leaves_the_pictures_and_one_line(cli, recipe, tiny_
         (["report", "nowhere"], "nowhere"),
         (["bench", "pretrain-micro"], "pre-training"),
         (["bench", "nothing"], "no recipe"),
+        (["train", "pretrain"], "did you mean pretrain-micro-vae or pretrain-micro or pretrain-recognizer?"),
+        (["train", "y" * 300], "y: File name too long"),
+        (["sample", "micro", "-p", "a", "--output", "/proc/new"], "folder /proc cannot be written to"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_refused(refused, recipe, words, says):
@@ -602,6 +641,10 @@ def test_a_real_process_says_one_sentence_and_no_traceback(recipe, tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("trimtab: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_version_is_told(cli):
+    assert cli("--version") == (0, f"trimtab {__version__}\n", "")
 
 
 def test_without_a_command_the_help_is_shown_and_nothing_else(cli):
@@ -630,7 +673,8 @@ def test_a_recipe_s_description_is_told_to_its_end(cli):
 def test_recipes_are_listed_without_torch_and_the_hub_s_retries_are_not_told():
     script = """
 import logging, sys
-from trimtab.cli import main
+from trimtab import __version__
+from trimtab.cli import console, main
 main()
 assert "torch" not in sys.modules
 from huggingface_hub import hf_hub_download

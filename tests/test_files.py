@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from trimtab.errors import UserError
-from trimtab.files import atomic_write, lock
+from trimtab.files import atomic_write, check_folder, lock
 
 HOLD_LOCK = """
 import sys, time
@@ -73,6 +73,10 @@ def test_the_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
     atomic_write(tmp_path / "file", "x")
     assert calls == ["content", "rename", "folder"]
+    calls.clear()
+    atomic_write(tmp_path / "file", "y", durable=False)
+    assert calls == ["rename"]
+    assert (tmp_path / "file").read_text() == "y"
 
 
 def test_two_threads_that_write_one_file_at_once_do_not_mix_their_content(tmp_path, monkeypatch):
@@ -137,6 +141,15 @@ def test_a_run_folder_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\); .* choose another"):
         lock(tmp_path / "file" / "run").__enter__()
+
+
+@pytest.mark.parametrize("place", ["file", "file/new", "/proc/new"])
+def test_a_folder_that_cannot_be_written_to_is_a_user_error(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file is a file; give --output|/proc cannot be written to; give --output"):
+        check_folder(tmp_path / place)
+    check_folder(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_file_system_without_locks_is_a_user_error(tmp_path, monkeypatch):

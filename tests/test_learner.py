@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from trimtab.errors import UserError
 from trimtab.learner import Learner, _buckets, accelerator
 from trimtab.method import Loss
 from trimtab.optimizer import OptimizerConfig, lr_factor
@@ -330,11 +331,26 @@ def test_a_step_without_a_term_is_no_update_and_is_told_once(caplog):
     assert len([text for text in caplog.messages if "nothing to learn from" in text]) == 1
 
 
-def test_nothing_but_the_processes_is_taken_from_the_users_accelerate_config(monkeypatch):
+def test_precision_and_accumulation_of_the_users_accelerate_config_change_nothing(monkeypatch):
+    def terms(networks, batch):
+        yield Loss("a", both(networks, batch))
+
+    expected = learner(terms, num_steps=1)
+    list(expected.run())
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     found = accelerator()
-    settings = found.gradient_accumulation_steps, found.mixed_precision, found.scaler
+    settings = found.mixed_precision, found.scaler
+    trainer = Learner(Toy(terms), found, OptimizerConfig(learning_rate=0.01), 1)
+    list(trainer.run())
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert settings == (1, "no", None)
+    assert settings == ("no", None)
+    assert torch.equal(weights(trainer, "a"), weights(expected, "a"))
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_a_launch_that_shares_the_model_out_is_refused(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"asked for {name}, and here every process holds the whole model"):
+        accelerator()

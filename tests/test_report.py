@@ -246,6 +246,7 @@ def test_the_page_goes_where_it_is_asked_to(tmp_path):
     ("output", "said"),
     [
         ("", "is a folder; give --output the name of a file, such as .*report.html"),
+        ("config.yaml", "config.yaml is a file already, and no page; give --output a name that ends in .html"),
         ("config.yaml/page.html", "cannot be made below .*config.yaml, which is a file; give --output another name"),
     ],
 )

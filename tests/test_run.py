@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trimtab import checkpoint, run, wiring
+from trimtab import bench, checkpoint, run, wiring
 from trimtab.cli import main
 from trimtab.errors import UserError
 from trimtab.learner import Learner
@@ -394,8 +395,8 @@ def spawned():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trimtab.run"])
 
-    def start(*args):
-        process = context.Process(target=go, args=args)
+    def start(*args, target=go):
+        process = context.Process(target=target, args=args)
         process.start()
         return process
 
@@ -406,6 +407,27 @@ def finished(spawned, path):
     process = spawned(str(path))
     process.join()
     return process.exitcode
+
+
+def test_processes_that_see_different_checkpoints_all_stop(spawned, tmp_path):
+    checkpoint.save(tmp_path / "0" / "checkpoint-100", {})
+    processes = [spawned(rank, str(tmp_path), target=resume_apart) for rank in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def resume_apart(rank: int, folder: str) -> None:
+    """Each process looks into a folder of its own, as on two machines that share no file system."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    processes = Accelerator(cpu=True)
+    with pytest.raises(run.UserError, match=rf"/{rank} at steps 100, 0; .* that all machines share"):
+        run._saved(Path(folder) / str(rank), processes)
+    shared = run._saved(Path(folder) / "0", processes)
+    assert shared.name == "checkpoint-100"
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -587,6 +609,21 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(ready):
     assert record.metrics["updates"] == 2
     assert all(p.isfinite().all() for p in learner.parameters["default"].values())
     assert max(gap(p.detach(), before[name]) for name, p in learner.parameters["default"].items()) > 0
+
+
+@pytest.mark.parametrize("method", ["crd", "agsm"])
+def test_what_bench_times_is_no_part_of_the_first_update(recipe, monkeypatch, method):
+    def totals(running, *_):
+        networks = running.learner.parameters.values()
+        left.extend(p.grad is not None for network in networks for p in network.values())
+        return defaultdict(lambda: 1.0)
+
+    left = []
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    monkeypatch.setattr(bench, "_totals", totals)
+    bench.bench(run.load_config(recipe(**METHODS[method])), Silent(), 1)
+    assert left
+    assert not any(left)
 
 
 # Candidates as preferences

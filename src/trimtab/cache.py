@@ -56,7 +56,7 @@ class Cache:
             return
         packed = {name: _packed(tensor.cpu().contiguous()) for name, tensor in entry.tensors.items()}
         try:
-            atomic_write(self._file(entry.key), save(packed))
+            atomic_write(self._file(entry.key), save(packed), durable=False)
         except OSError as error:
             raise UserError(
                 f"cache folder {self.folder} cannot be written ({error.strerror}); make room, or set data.cache=false."

@@ -244,8 +244,7 @@ class Captioned:
             shapes = {name: tuple(x.shape[1:]) for name, x in _tensors(self.empty).items()}
             texts = Cache(cache_folder / "texts", encoders, shapes)
         self.reader = Reader(pictures, self.order, latents, texts, resolution, rank, num_processes)
-        self.broken: dict[int, str] = {}  # pictures that proved so on the way, and why
-        self.num_broken = 0  # of all processes
+        self.broken: set[int] = set()  # pictures that proved so on the way, to any process
         self._ahead: Iterator[Reading] | None = None
         self._next = -1  # the step that `_ahead` has next
 
@@ -269,18 +268,16 @@ class Captioned:
         """Pictures of a step, and how many of all could not be used so far."""
         return {
             "images": float(self.config.batch_size),
-            "skipped_pictures": float(len(self.pictures.skipped) + self.num_broken),
+            "skipped_pictures": float(len(self.pictures.skipped) + len(self.broken)),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """What was found broken so far, and which pictures and captions these are the numbers of."""
-        broken = {str(index): reason for index, reason in self.broken.items()}
-        return {"broken": broken, "num_broken": self.num_broken, "source": self._source()}
+        return {"broken": sorted(self.broken), "source": self._source()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.num_broken = state["num_broken"]
         if state["source"] == self._source():
-            self.broken = {int(index): reason for index, reason in state["broken"].items()}
+            self.broken = set(map(int, state["broken"]))
         else:
             logger.warning("pictures or captions are not those of the interrupted run, which goes on with the new ones")
 
@@ -303,23 +300,28 @@ class Captioned:
 
     def _report(self, found: Reading) -> None:
         """Tell of what is broken. Where one process cannot go on, all stop, each with a sentence."""
-        problem = None
+        problem, new = None, sorted(found.broken.keys() - self.broken)
         if found.broken and self.pictures.on_error == "stop":
             problem = f"{next(iter(found.broken.values()))}; {CURE}"
         else:
-            for index in found.broken.keys() - self.broken.keys():
+            for index in new:
                 logger.warning("%s; it is left out", found.broken[index])
-            self.broken |= found.broken
             if len(found.items) < self.config.batch_size:
                 problem = (
                     f"only {len(found.items)} pictures are left for a batch of {self.config.batch_size}, "
-                    f"{len(self.broken)} are broken; mend them, or make training.train_batch_size smaller."
+                    f"{len(self.broken.union(new))} are broken; mend them, or make training.train_batch_size smaller."
                 )
-        state = torch.tensor([float(problem is not None), float(len(self.broken))], device=self.pipeline.device)
-        everybody = (state if self.gather is None else self.gather(state)).view(-1, 2)
-        self.num_broken = int(everybody[:, 1].sum())
-        if everybody[:, 0].any():
+        problems, most = self._everybody([problem is not None, len(new)]).unbind(1)
+        if problems.any():
             raise UserError(problem or "another process found a picture that stops the run; its message says which.")
+        if width := int(most.max()):
+            rows = self._everybody(new + [-1] * (width - len(new)))
+            self.broken |= set(rows.flatten().tolist()) - {-1}
+
+    def _everybody(self, row: list[int]) -> Tensor:
+        """The rows of all processes (N, the row's length), equally long."""
+        own = torch.tensor(row, dtype=torch.int64, device=self.pipeline.device)
+        return (own if self.gather is None else self.gather(own)).view(-1, len(row))
 
     def _posterior(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w)."""

@@ -64,6 +64,11 @@ def latest(run_folder: str | Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(_NAME.fullmatch(folder.name)["step"])
+
+
 def prune(run_folder: str | Path, keep: int | None) -> None:
     """Delete all but the `keep` checkpoints of the highest steps (None: keep all) and what interrupted saves left."""
     if keep is not None and keep < 1:

@@ -13,14 +13,29 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
+from trimtab import __version__
 from trimtab.errors import RunStopped, UserError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Post-train text-to-image models."
 )
-console = Console()
+PLAIN = {"markup": False, "emoji": False, "highlight": False}  # names are the user's own: [x] and :star: are text
+console = Console(**PLAIN)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"trimtab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None: ...
 
 
 def _finite(value: float) -> float:
@@ -49,10 +64,10 @@ def train(
     config = run.load_config(recipe, overrides or [])
     with Terminal() as display:
         folder = run.train(config, display, resume=resume, command=shlex.join(["trimtab", *sys.argv[1:]]))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if not console.quiet:
         _print_results(sorted((folder / "evaluation").glob("*/results.json")))
         made = next(path for path in (folder / "report.html", folder / "export") if path.exists())
-        console.print(f"\n{made.stem}  {made.resolve()}", highlight=False, soft_wrap=True)
+        _say(f"\n{made.stem}  {made.resolve()}")
 
 
 @app.command()
@@ -84,7 +99,7 @@ def evaluate(
             seed=seed, resolution=resolution, precision=mixed_precision, batch_size=batch_size, rewards=reward or [],
         )  # fmt: skip
     _print_table({folder.name: results})
-    console.print(f"\nresults  {(folder / 'results.json').resolve()}")
+    _say(f"\nresults  {(folder / 'results.json').resolve()}")
 
 
 @app.command()
@@ -112,7 +127,7 @@ def sample(
             seed=seed, resolution=resolution, precision=mixed_precision,
         )  # fmt: skip
     for file in files:
-        console.print(str(file), highlight=False)
+        _say(str(file))
 
 
 @app.command()
@@ -124,7 +139,7 @@ def report(
     """Write the run's page: pictures before and after, curves, tables, in one file that needs no network."""
     from trimtab.report import write_report
 
-    console.print(str(write_report(run_folder, output, compare or []).resolve()), highlight=False)
+    _say(str(write_report(run_folder, output, compare or []).resolve()))
 
 
 @app.command()
@@ -142,7 +157,7 @@ def pairs(
 
     with Terminal() as display:
         file = preferences.write_pairs(run_folder, display, output, step, rollouts, num_pairs)
-    console.print(f"pairs  {file.resolve()}", highlight=False, soft_wrap=True)
+    _say(f"pairs  {file.resolve()}")
 
 
 @app.command()
@@ -172,7 +187,7 @@ def recipes() -> None:
     table = Table("recipe", "what it does", box=None)
     for path in sorted(RECIPES.glob("*.yaml")):
         comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
-        table.add_row(path.stem, Text(" ".join(line.lstrip("# ") for line in comment)))
+        table.add_row(path.stem, " ".join(line.lstrip("# ") for line in comment))
     console.print(table)
 
 
@@ -180,6 +195,11 @@ def _short(model: str) -> str:
     """What a model or an adapter is called in a folder's name; an `export` is called as its run."""
     path = Path(model).resolve()
     return path.parent.name if path.name == "export" else path.name
+
+
+def _say(text: str) -> None:
+    """One line, whatever its length: a path that is broken in two is none."""
+    console.print(text, soft_wrap=True)
 
 
 class Terminal:
@@ -197,7 +217,7 @@ class Terminal:
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
         )
-        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.bars = Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
         self.tasks: dict[str, int] = {}
         self.shown = -1
 
@@ -209,7 +229,7 @@ class Terminal:
         self.bars.stop()
 
     def note(self, text: str) -> None:
-        console.print(text, highlight=False)
+        console.print(text)
 
     def progress(self, what: str, done: int, total: int, numbers: str = "") -> None:
         if what not in self.tasks:
@@ -219,7 +239,7 @@ class Terminal:
         self.bars.update(self.tasks[what], completed=done, numbers=numbers, rate=rate)
         tenth = 10 * done // total
         if not console.is_terminal and (done == total or tenth != self.shown):
-            console.print(f"{what} {done}/{total}  {numbers}", highlight=False)
+            console.print(f"{what} {done}/{total}  {numbers}")
         self.shown = tenth
 
 
@@ -248,6 +268,7 @@ def main() -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    console.quiet = int(os.environ.get("RANK", "0")) > 0  # of several processes the first speaks for all
     try:
         app(standalone_mode=False)
     except UserError as error:
@@ -258,10 +279,14 @@ def main() -> None:
         sys.exit(_failed("interrupted; a training run goes on with --resume", 130))
     except RunStopped as error:
         sys.exit(_failed(str(error), 1))
+    except OSError as error:
+        if error.filename is None:  # not of a file that somebody named
+            raise
+        sys.exit(_failed(f"{error.filename}: {error.strerror}", 2))
 
 
 def _failed(sentence: str, code: int) -> int:
     if sentence:  # it is empty after the help that a bare `trimtab` prints
         line = " ".join(filter(None, map(str.strip, sentence.splitlines())))  # a user's own exception may have several
-        Console(stderr=True).print(f"trimtab: {line}", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True, **PLAIN).print(f"trimtab: {line}", soft_wrap=True)
     return code

@@ -197,7 +197,9 @@ def find_recipe(name: str, recipe_dir: Path) -> Path:
         return recipes[name]
     if Path(name).is_file():
         return Path(name)
-    near = difflib.get_close_matches(Path(name).stem, recipes, n=3)
+    stem = Path(name).stem
+    longer = [each for each in recipes if stem and each.startswith(stem)]
+    near = longer or difflib.get_close_matches(stem, recipes, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise UserError(f"no recipe or YAML file {name!r}; {hint}`trimtab recipes` lists the built-in ones")
 

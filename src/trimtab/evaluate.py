@@ -304,7 +304,7 @@ def _place(folder: Path, files: Mapping[str, bytes]) -> None:
         if not any(path.iterdir()):
             path.rmdir()
     for name, data in files.items():
-        atomic_write(folder / name, data)
+        atomic_write(folder / name, data, durable=False)
 
 
 def png(image: Tensor) -> bytes:

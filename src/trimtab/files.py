@@ -7,6 +7,7 @@ which dies with its process: nothing to clean up after a kill.
 
 import fcntl
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +17,21 @@ from typing import TextIO
 from trimtab.errors import UserError
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) to `path` in one piece, making its folder where missing."""
+def atomic_write(path: str | Path, data: bytes | str, *, durable: bool = True) -> None:
+    """Write `data` (text as UTF-8) to `path` in one piece, making its folder where missing. If it is not `durable`, a
+    power cut may leave it torn: for what is checked when it is read, or made again, and comes by the thousand."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")  # two writers never share one
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        to_disk(temporary)
+        if durable:
+            to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # still there only if the disk was full or the like
-    to_disk(path.parent)
+    if durable:
+        to_disk(path.parent)
 
 
 def to_disk(path: Path) -> None:
@@ -50,8 +54,10 @@ def check_folder(path: str | Path) -> None:
     there = next(each for each in (path, *path.parents) if os.path.lexists(each))
     if not there.is_dir():
         raise UserError(f"{there} is a file; give --output the name of a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"folder {there} cannot be written to; give --output another one.")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:  # permissions alone don't tell: of read-only file systems, say, or root in /proc
+        raise UserError(f"folder {there} cannot be written to; give --output another one.") from error
 
 
 @contextmanager

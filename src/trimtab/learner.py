@@ -9,6 +9,7 @@ to go on bit for bit.
 """
 
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,15 +20,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from trimtab.errors import UserError
 from trimtab.method import Method
 from trimtab.optimizer import OptimizerConfig, adamw, lr_factor, rate_of
 
 logger = logging.getLogger(__name__)
 
 BUCKET = 2**24  # elements: 64 MiB of float32
+SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # as accelerate launch says it
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,17 @@ class Record:
 
 
 def accelerator() -> Accelerator:
-    """The processes that `accelerate launch` started, and nothing else of the user's `accelerate config`: precision and
-    accumulation are the recipe's. One process may evaluate for hours while the others wait."""
+    """The processes that `accelerate launch` started: precision is the recipe's, and accumulation nobody's. UserError
+    where the user's `accelerate config` shares a model out. One process may evaluate for hours while others wait."""
+    for name in SHARDING:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(
+                f"accelerate launch was asked for {name}, and here every process holds the whole model; give it "
+                "--multi_gpu, or choose neither DeepSpeed nor FSDP nor Megatron-LM in `accelerate config`."
+            )
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
 
@@ -58,10 +66,7 @@ class Learner:
         self.moved = False  # whether anything has been updated since the last whole step
         self.idle = False  # whether there has been a step that had nothing to learn from
         self.parameters = {name: _learning(name, weights) for name, weights in method.trained().items()}
-        self.optimizers = {
-            name: accelerator.prepare_optimizer(adamw(config, parameters.values()))
-            for name, parameters in self.parameters.items()
-        }
+        self.optimizers = {name: adamw(config, parameters.values()) for name, parameters in self.parameters.items()}
 
     def run(self) -> Iterator[Record]:
         """Train from the current step to the last, yielding after each; the state may be saved at every yield."""
@@ -106,7 +111,7 @@ class Learner:
         totals: dict[str, Tensor] = {}
         for loss in self._timed(partial(self.method.losses, batch), "forward", log):
             started = time.perf_counter()
-            self.accelerator.backward(loss.value, inputs=list(self.parameters[loss.network].values()))
+            loss.value.backward(inputs=list(self.parameters[loss.network].values()))
             log["seconds/backward"].append(time.perf_counter() - started)
             totals[loss.network] = totals.get(loss.network, 0) + loss.value.detach()
             for name, value in loss.metrics.items():
@@ -144,7 +149,7 @@ class Learner:
         rate = rate_of(self.config, network) * lr_factor(self.config, self.step, self.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if finite:
             optimizer.step()

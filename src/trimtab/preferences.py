@@ -17,7 +17,7 @@ from trimtab.learner import accelerator
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
 from trimtab.run import ABOUT
-from trimtab.wiring import ONE_STEP, ONLINE, Display, Run, build, check
+from trimtab.wiring import ONE_STEP, ONLINE, Display, Run, build, check, check_one_process
 
 
 def write_pairs(
@@ -28,6 +28,7 @@ def write_pairs(
     `step` names the checkpoint, 0 the untrained weights; None is the latest there is. UserError where there is none, or
     where the run has no rewards to rank by, before weights load.
     """
+    check_one_process("trimtab pairs")  # else each would replace the file by its own share
     config, step, saved = _checked(folder, step)
     if 2 * num_pairs > config.rollout.group_size:
         raise UserError(
@@ -46,7 +47,7 @@ def write_pairs(
         display.progress("ranking", number + 1, num_rollouts)
     if not lines:
         raise UserError(
-            f"in {num_rollouts} rollouts no prompt has candidates of different scores; give more --rollouts."
+            f"no prompt has candidates of different scores (--rollouts {num_rollouts}); give more --rollouts."
         )
     atomic_write(output / "pairs.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return output / "pairs.jsonl"
@@ -68,7 +69,7 @@ def _checked(folder: Path, step: int | None) -> tuple[RunConfig, int, Path | Non
         return config, 0, None
     if not saved.is_dir():
         raise UserError(f"{folder} keeps no {saved.name}; give --step 0, or that of one of its checkpoint folders.")
-    return config, int(saved.name.split("-")[1].split(".")[0]), saved
+    return config, checkpoint.step_of(saved), saved
 
 
 def _ranked(run: Run, step: int, num_pairs: int, output: Path) -> list[dict]:
@@ -93,7 +94,7 @@ def _ranked(run: Run, step: int, num_pairs: int, output: Path) -> list[dict]:
         for name, rows in sides.items():
             names = [f"pictures/step{step:06d}-{prompts.index[g]:06d}-{int(drawn.sibling[i]):03d}.png" for i in rows]
             for i, picture in zip(rows, names, strict=True):
-                atomic_write(output / picture, evaluate.png(images[i]))
+                atomic_write(output / picture, evaluate.png(images[i]), durable=False)
             line |= {name: names, f"{name}_scores": scores[rows].tolist()}
         lines.append(line)
     return lines

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 
 from trimtab import checkpoint, evaluate
 from trimtab.config import RECIPES, dump, find_recipe, load_yaml, override, validate
@@ -50,7 +51,7 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
             held.enter_context(lock(folder))
             _check_folder(config, folder, resume)
         processes.wait_for_everyone()
-        saved = checkpoint.latest(folder) if resume else None
+        saved = _saved(folder, processes) if resume else None
         run = build(config, folder, processes, inputs, display)
         _describe(run, command)
         if saved is not None:
@@ -60,6 +61,19 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
         _learn(run)
         _finish(run)
     return folder
+
+
+def _saved(folder: Path, processes: Accelerator) -> Path | None:
+    """The checkpoint to go on with; UserError in every process where they do not all see the same one."""
+    saved = checkpoint.latest(folder)
+    step = torch.tensor([0 if saved is None else checkpoint.step_of(saved)], device=processes.device)
+    steps = processes.gather(step).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes see {folder} at steps {', '.join(map(str, steps))}; give output_dir=... on a file system "
+            "that all machines share."
+        )
+    return saved
 
 
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:

@@ -103,6 +103,7 @@ def check(config: RunConfig) -> Inputs:
     """Read what the recipe names and be certain of the model: all that can fail before weights load."""
     _check_read(config)
     if config.method.name in PRETRAIN:
+        check_one_process(config.method.name)
         return Inputs()
     strange = set(config.optimizer.learning_rates) - set(getattr(config.method, "trained_roles", (TRAINED,)))
     if strange:
@@ -260,12 +261,25 @@ def _check_share(config: RunConfig, prompts: Prompts) -> None:
     size = min(len(prompts), wanted)
     if size < wanted:
         logger.warning("rollout.num_prompts is %d, and there are fewer, %d: each step takes all", wanted, size)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say it
+    processes = _num_processes()
     if size % processes:
         raise UserError(
             f"a rollout of {size} prompts can't be shared by {processes} processes, each of which takes whole prompts; "
             f"make rollout.num_prompts a multiple of {processes} that the prompts suffice for."
         )
+
+
+def check_one_process(what: str) -> None:
+    """UserError where several processes were started for what would make all of them do the same."""
+    if _num_processes() > 1:
+        raise UserError(
+            f"{what} is the work of one process, and {_num_processes()} were started; run it without a launcher."
+        )
+
+
+def _num_processes() -> int:
+    """As torchrun and accelerate launch say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _captioned_inputs(config: RunConfig) -> Inputs:

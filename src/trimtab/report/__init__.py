@@ -32,9 +32,11 @@ def write_report(run_folder: Path, output: Path | None = None, compare: Sequence
 
 
 def _check(output: Path) -> None:
-    """UserError unless a file can be written at `output`, in folders that are there or can be made."""
+    """UserError unless a page can be written at `output`, in place of no other file, in folders that can be made."""
     if output.is_dir():
         raise UserError(f"{output} is a folder; give --output the name of a file, such as {output / 'report.html'}.")
+    if output.exists() and output.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{output} is a file already, and no page; give --output a name that ends in .html.")
     there = next(each for each in output.absolute().parents if os.path.lexists(each))
     if not there.is_dir():
         raise UserError(f"{output} cannot be made below {there}, which is a file; give --output another name.")
