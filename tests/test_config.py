@@ -252,8 +252,13 @@ class Dpo(Strict):
     name: Literal["dpo"] = "dpo"
 
 
+class Near(Strict):
+    name: Literal["near"] = "near"
+    share_beta: float = 0.5
+
+
 class Tagged(Strict):
-    method: Crd | Nft | Dpo = Field(discriminator="name")
+    method: Crd | Nft | Dpo | Near = Field(discriminator="name")
     betas: float = 0.0
     shares: float = 0.0
 
@@ -266,6 +271,10 @@ class Tagged(Strict):
             r"^method\.share is a setting of crd, and method\.name is nft; leave it out, or ",
         ),
         ({"name": "dpo", "beta": 1}, r"beta is a setting of crd and nft, .* section whole, as method='\{name: dpo\}'$"),
+        (
+            {"name": "near", "share": 1},
+            r"^method\.share is a setting of crd, and .* is near; did you mean method\.share_beta\? Else leave",
+        ),
         ({"name": "dpo", "shore": 1}, "^unknown key method.shore .* did you mean shares"),
         ({"name": "spo", "beta": 1}, "^method.name is "),
         ({"name": ["crd"], "beta": 1}, "^method.name is "),

@@ -38,6 +38,7 @@ class Run(Strict):
     size_px: tuple[int, int] = (64, 64)
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = ()
     weights: dict[Literal["clip", "ocr"], float] = Field(default_factory=dict)
+    scores: dict[str, float] = Field(default_factory=dict)
     every: int | Literal["epoch", "never"] = "never"
     width: int = Field(128, multiple_of=8)
     rollout: Rollout = Rollout()
@@ -104,6 +105,33 @@ def refusal(**data):
         ({"weights": {"clp": 1}}, "weights.clp has a wrong name; input should be 'clip' or 'ocr', rename it"),
         ({"rollout": None}, "rollout is null; expected a section (keys: group_size, num_steps, sampler)"),
         ({"judges": [{}]}, "key judges.0.reward is missing; add it, expected a text"),
+        # a colon without a space, a dot in a name, a section's tag in its place
+        (
+            {"scores": {"r.py:score:0.5": None}},
+            "scores.r.py:score:0.5 is null; expected a number; "
+            "put a space after the colon, as in scores='{r.py:score: 0.5}'",
+        ),
+        ({"scores": {"r.py:score": None}}, "scores.r.py:score is null; expected a number"),
+        ({"scores": {"3": None}}, "scores.3 is null; expected a number"),
+        (
+            {"rollout": {"group_size:8": None}},
+            "unknown key rollout.group_size:8 (given null); "
+            "put a space after the colon, as in rollout='{group_size: 8}'",
+        ),
+        ({"seed:8": None}, "unknown key seed:8 (given null); put a space after the colon, as in seed: 8"),
+        (
+            {"scores": {"r": {"py:score": 1}}},
+            'scores.r is {"py:score": 1}; expected a number; '
+            "for a name with dots write it whole, as in scores='{r.py:score: 1}'",
+        ),
+        ({"scores": {"r": {}}}, "scores.r is {}; expected a number"),
+        ({"seed": {"py:score": 1}}, 'seed is {"py:score": 1}; expected an integer'),
+        ({"method": "drpo"}, "method is \"drpo\" and should be a section; write method='{name: drpo}'"),
+        (
+            {"method": "dropo"},
+            'method is "dropo"; expected a section whose name is one of "crd", "drpo"; did you mean "drpo"?',
+        ),
+        ({"method": None}, 'method is null; expected a section whose name is one of "crd", "drpo"'),
         # rules of our own
         ({"width": 104}, "width is 104: 13 heads of 8 do not share evenly, take 96 or 112"),
         ({"seed": 1, "debug": True}, "the config: debug runs need seed 0, set seed: 0 or drop debug"),

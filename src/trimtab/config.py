@@ -234,8 +234,10 @@ def _of_another_choice(model: type[BaseModel], data: dict) -> str:
         for key in given if given[tag] in choices else ():
             others = [name for name, fields in choices.items() if key in fields]
             if others and given[tag] not in others:
+                near = difflib.get_close_matches(key, choices[given[tag]], n=2)
+                rename = f"did you mean {' or '.join(f'{section}.{name}' for name in near)}? Else " if near else ""
                 return (
                     f"{section}.{key} is a setting of {' and '.join(others)}, and {section}.{tag} is {given[tag]}; "
-                    f"leave it out, or give the section whole, as {section}='{{{tag}: {given[tag]}}}'"
+                    f"{rename}leave it out, or give the section whole, as {section}='{{{tag}: {given[tag]}}}'"
                 )
     return ""

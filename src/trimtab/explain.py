@@ -47,13 +47,17 @@ def _sentence(model: type[BaseModel], data: dict, error: dict, place: _Place) ->
         return f"key {name} is missing; add it, expected {_words(place.kind)}"
     given = show(place.value)
     if error["type"] == "extra_forbidden":
-        return f"unknown key {name} (given {given}); {_nearest_key(model, data, place.keys)}"
+        return f"unknown key {name} (given {given}); {_spaced(place) or _nearest_key(model, data, place.keys)}"
     if error["type"] == "value_error":  # raised by a validator of ours, whose message is a whole sentence
         subject = f"{name} is {given}" if not isinstance(place.value, dict) else name
         return f"{subject}: {error['ctx']['error']}"
     if error["loc"][-1:] == ("[key]",):
         return f"{name} has a wrong name; {_lower(error['msg'])}, rename it"
-    return f"{name} is {given}; expected {_expected(error, place.kind)}{_cure(error, place)}"
+    tag, tags = _tags(place.kind)
+    if isinstance(place.value, str) and place.value in tags:
+        return f"{name} is {given} and should be a section; write {name}='{{{tag}: {place.value}}}'"
+    cure = _cure(error, place) or _joined(model, data, place)
+    return f"{name} is {given}; expected {_expected(error, place.kind)}{cure}"
 
 
 def _dotted(keys: tuple[str | int, ...]) -> str:
@@ -70,8 +74,10 @@ def _expected(error: dict, kind: Any) -> str:
 
 
 def _cure(error: dict, place: _Place) -> str:
-    """The way out of the usual slips: quotes too many or too few, 1e4 for an integer, a misspelt choice."""
+    """The way out of the usual slips: quotes too many or too few, no space after a colon, a misspelt choice."""
     wanted, value = error["type"], place.value
+    if wanted in ("int_type", "float_type") and type(_unquoted(_after_colon(place))) in (int, float):
+        return f"; {_spaced(place)}"
     if wanted == "string_type" and isinstance(value, int | float):
         return f', put it in quotes: "{show(value)}"'
     if wanted == "int_type" and isinstance(value, float) and value.is_integer():
@@ -80,8 +86,35 @@ def _cure(error: dict, place: _Place) -> str:
         return ""
     if type(_unquoted(value)) in {"int_type": (int,), "float_type": (int, float), "bool_type": (bool,)}.get(wanted, ()):
         return f", write {value} without quotes"
-    near = difflib.get_close_matches(value, [choice for choice in _choices(place.kind) if isinstance(choice, str)], n=1)
+    choices = _choices(place.kind) or _tags(place.kind)[1]
+    near = difflib.get_close_matches(value, [choice for choice in choices if isinstance(choice, str)], n=1)
     return f"; did you mean {show(near[0])}?" if near else ""
+
+
+def _after_colon(place: _Place) -> str:
+    """What stands after the last colon of a key without a value: YAML reads `{name:1}` as a name `name:1`."""
+    return str(place.keys[-1]).rpartition(":")[2] if place.value is None and ":" in str(place.keys[-1]) else ""
+
+
+def _spaced(place: _Place) -> str:
+    """The cure of `{name:1}`; "" if that is not the matter."""
+    value = _after_colon(place)
+    entry = f"{str(place.keys[-1]).removesuffix(f':{value}')}: {value}"
+    whole = f"{_dotted(place.keys[:-1])}='{{{entry}}}'" if place.keys[1:] else entry
+    return f"put a space after the colon, as in {whole}" if value else ""
+
+
+def _joined(model: type[BaseModel], data: dict, place: _Place) -> str:
+    """The cure of `section.file.py:name=1`, whose dots open sections where one name was meant; "" if it is not that."""
+    *parents, name = place.keys or ("",)
+    in_mapping = any(get_origin(member) is dict for member in _members(_place(model, data, tuple(parents)).kind))
+    value = place.value
+    if not in_mapping or not isinstance(value, dict) or not value:
+        return ""
+    while isinstance(value, dict) and value:
+        key, value = next(iter(value.items()))
+        name = f"{name}.{key}"
+    return f"; for a name with dots write it whole, as in {_dotted(tuple(parents))}='{{{name}: {show(value)}}}'"
 
 
 def _unquoted(text: str) -> Any:
@@ -194,6 +227,16 @@ def _tags_agree(model: type[BaseModel], value: Any) -> bool:
     return all(value[name] in choices for name, choices in tags.items() if choices)
 
 
+def _tags(kind: Any) -> tuple[str, list]:
+    """The key that tells the models of a union apart, and what it holds in each; "" and none if there is no such."""
+    models = [] if kind is None else _models(kind, None)
+    for name in models[0].model_fields if len(models) > 1 else ():
+        choices = [_choices(_field_kind(model, name)) if name in model.model_fields else [] for model in models]
+        if all(len(each) == 1 for each in choices):
+            return name, [each[0] for each in choices]
+    return "", []
+
+
 def _choices(kind: Any) -> list:
     return [choice for member in _members(kind) if get_origin(member) is Literal for choice in get_args(member)]
 
@@ -221,6 +264,9 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is Annotated:
         return _bounded_words(*get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
+        tag, tags = _tags(kind)
+        if tags:
+            return f"a section whose {tag} is one of {', '.join(map(show, tags))}"
         literals = [part for part in get_args(kind) if get_origin(part) is Literal]
         merged = [Literal[tuple(_choices(_union(literals)))]] if literals else []
         return " or ".join(_words(part) for part in merged + [part for part in get_args(kind) if part not in literals])

@@ -57,6 +57,19 @@ def accelerator() -> Accelerator:
     )
 
 
+def num_processes() -> int:
+    """How many torchrun or accelerate launch started, as they say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_one_process(what: str) -> None:
+    """UserError where several processes were started for what each of them would do whole."""
+    if num_processes() > 1:
+        raise UserError(
+            f"{what} is the work of one process, and {num_processes()} were started; run it without a launcher."
+        )
+
+
 class Learner:
     """Runs a method for `num_steps` steps. Every process must start from the same weights."""
 

@@ -13,11 +13,11 @@ from trimtab.candidates import best_and_worst, in_units_of_siblings
 from trimtab.config import load_yaml, validate
 from trimtab.errors import UserError
 from trimtab.files import atomic_write, check_folder
-from trimtab.learner import accelerator
+from trimtab.learner import accelerator, check_one_process
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
 from trimtab.run import ABOUT
-from trimtab.wiring import ONE_STEP, ONLINE, Display, Run, build, check, check_one_process
+from trimtab.wiring import ONE_STEP, ONLINE, Display, Run, build, check
 
 
 def write_pairs(

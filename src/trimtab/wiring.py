@@ -1,7 +1,6 @@
 """The wiring: from a recipe to a run that is ready to go. The one file that knows every method."""
 
 import logging
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +10,7 @@ from accelerate import Accelerator
 from trimtab.batch import Prompts
 from trimtab.captioned import Captioned
 from trimtab.errors import UserError
-from trimtab.learner import Learner
+from trimtab.learner import Learner, check_one_process, num_processes
 from trimtab.method import Method
 from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, dpo_one_step, draft, drpo, gndm, pretrain, softrepa
 from trimtab.pipelines import Pipeline, features, loading
@@ -261,25 +260,12 @@ def _check_share(config: RunConfig, prompts: Prompts) -> None:
     size = min(len(prompts), wanted)
     if size < wanted:
         logger.warning("rollout.num_prompts is %d, and there are fewer, %d: each step takes all", wanted, size)
-    processes = _num_processes()
+    processes = num_processes()
     if size % processes:
         raise UserError(
             f"a rollout of {size} prompts can't be shared by {processes} processes, each of which takes whole prompts; "
             f"make rollout.num_prompts a multiple of {processes} that the prompts suffice for."
         )
-
-
-def check_one_process(what: str) -> None:
-    """UserError where several processes were started for what would make all of them do the same."""
-    if _num_processes() > 1:
-        raise UserError(
-            f"{what} is the work of one process, and {_num_processes()} were started; run it without a launcher."
-        )
-
-
-def _num_processes() -> int:
-    """As torchrun and accelerate launch say it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _captioned_inputs(config: RunConfig) -> Inputs:
