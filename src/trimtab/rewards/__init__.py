@@ -15,7 +15,7 @@ from trimtab.errors import UserError
 from trimtab.rewards import custom
 from trimtab.rewards.composite import Composite
 from trimtab.rewards.detectors import read_blocks
-from trimtab.rewards.geneval import Detection, GenEval, validate_metadata
+from trimtab.rewards.geneval import Detection, GenEval
 from trimtab.rewards.recognizer import RecognizerScore
 from trimtab.worlds import blocks
 
@@ -81,7 +81,6 @@ def _check_facts(name: str, prompts: Prompts) -> None:
                 f"reward {name!r} needs facts, and {text!r} ({where}) has none; give JSONL with `include` in GenEval's "
                 "schema, or sentences such as 'a photo of a red circle', or another reward."
             )
-        validate_metadata(line, where)
         strange = [c["class"] for c in line["include"] if c["class"] not in blocks.SHAPES]
         strange += [c["color"] for c in line["include"] if (c.get("color") or "red") not in blocks.COLORS]
         if strange:
