@@ -226,6 +226,15 @@ def test_an_object_with_a_gradient_keeps_it(tmp_path):
         load(f"{tmp_path}/smooth.py:dark").with_gradient(images, ["a", "b"], [{}, {}])
 
 
+@pytest.mark.parametrize("value", ["images.double().mean((1, 2, 3))", "images[:, 0, 0, 0].double() * float('nan')"])
+def test_scores_with_a_gradient_are_of_one_type_whatever_the_users_model_has(tmp_path, value):
+    (tmp_path / "smooth.py").write_text(SMOOTH + f"light.with_gradient = lambda images, **_: {value}\n")
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    scores = load(f"{tmp_path}/smooth.py:light").with_gradient(images, ["a", "b"], [{}, {}])
+    assert scores.dtype == torch.float32
+    assert torch.autograd.grad(scores.nansum(), images)[0].isfinite().all()
+
+
 def test_an_object_with_a_gradient_that_applies_to_none_of_the_prompts_may_say_so_without(tmp_path):
     (tmp_path / "smooth.py").write_text(
         SMOOTH + "light.with_gradient = lambda images, **_: images.detach()[:, 0, 0, 0] * 0 + float('nan')\n"

@@ -90,7 +90,7 @@ def evaluate(
     places = [(int(g), i % setting.images_per_prompt) for i, g in enumerate(group)]
     files = [f"images/{g:05d}/samples/{sibling:04d}.png" for g, sibling in places]
     _place(folder, dict(zip(files, map(png, images), strict=True)) | _facts(prompts))
-    text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
+    text, metadata = prompts.of(group)
     columns, reasons = _scores(images, text, metadata, rewards or {})
     tags = [line.get("tag", "all") for line in metadata]
     results = {

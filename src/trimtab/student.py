@@ -281,11 +281,10 @@ class Student:
         """The gradient of R(decode(x)) (B, ...), 0 where the reward does not apply, and the mean of R."""
         found, scores = [], []
         for part in torch.arange(len(x)).split(self.batch_size):
-            prompts, group = call.draw.prompts, call.draw.group[part]
-            text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
+            about = call.draw.prompts.of(call.draw.group[part])
             with torch.enable_grad():
                 leaf = x[part.to(x.device)].detach().requires_grad_()
-                score = with_gradient(reward, self.pipeline.decode(leaf), text, metadata)
+                score = with_gradient(reward, self.pipeline.decode(leaf), *about)
                 found.append(torch.autograd.grad(score.nansum(), leaf)[0])
             scores.append(score.detach())
         return torch.cat(found), torch.cat(scores).nanmean()

@@ -21,7 +21,11 @@ from trimtab.worlds import blocks
 
 
 class Reward(Protocol):
-    """Scores a batch of images, each by itself; a higher score is better."""
+    """Scores a batch of images, each by itself; a higher score is better.
+
+    A smooth one (`composite.is_smooth`) has a method `with_gradient` as well: the same arguments, the same scores, on
+    the images' device and differentiable with respect to them.
+    """
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """`images`: (B, 3, H, W) float32 in [0, 1]; `prompts` and `metadata`: B of each. Returns (B,) float32.

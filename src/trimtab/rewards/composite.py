@@ -96,6 +96,11 @@ class Composite:
         return Scored(torch.where(scored, total, torch.nan).to(images.device), raw, failed)
 
 
+def is_smooth(reward: Any) -> bool:
+    """Whether pictures can learn from a reward's own gradient."""
+    return hasattr(reward, "with_gradient")
+
+
 def with_gradient(reward: Any, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     """The scores (B,) of a reward that has a gradient, with it; RewardFailed where it raises."""
     try:

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from trimtab.errors import UserError
+from trimtab.rewards.composite import is_smooth
 
 if TYPE_CHECKING:
     from trimtab.rewards import Reward
@@ -73,14 +74,14 @@ class SmoothFunction(BatchFunction):
         scores = self.function.with_gradient(images=images, prompts=prompts, metadata=metadata)
         fits = isinstance(scores, Tensor) and scores.shape == images.shape[:1]
         if fits and scores.isnan().all():  # applies to none of the prompts: its gradient is 0, with or without a graph
-            return scores.detach() + 0 * images.sum((1, 2, 3))
+            return scores.detach().to(images.device, torch.float32) + 0 * images.sum((1, 2, 3))
         if not fits or not scores.requires_grad:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(
                 f"reward {self.reference!r} returned {found} from with_gradient; return a tensor ({len(images)},) that "
                 "depends on the pictures."
             )
-        return scores
+        return scores.to(images.device, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _adapter(function: Callable[..., Any], reference: str) -> "Reward":
     required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     anything = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
     if named >= {"images", "prompts", "metadata"} >= required:
-        smooth = hasattr(function, "with_gradient")
+        smooth = is_smooth(function)
         return SmoothFunction(function, reference) if smooth else BatchFunction(function, reference)
     if "metadata" in named or required - named or not ("images" in named or anything):
         raise UserError(f"reward {reference!r} has the signature {signature}; expected {_SIGNATURES}, by these names.")
