@@ -320,6 +320,22 @@ def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
     assert "prompts.txt, line 1" in sentence
 
 
+def test_a_column_that_a_reward_needs_and_the_prompts_lack_is_refused(refused, recipe, tmp_path, tiny_folder):
+    write(tmp_path / "needy.py", "def needs(prompts, images, answer):\n    return [0.0] * len(images)\n")
+    write(tmp_path / "answers.jsonl", '{"prompt": "a dog", "answer": "x"}\n' * 2)
+    for words in (
+        ["train", recipe(rewards={"needy.py:needs": 1.0})],
+        [
+            "train",
+            recipe(rewards={"needy.py:needs": 1.0}),
+            "data.prompts=answers.jsonl",
+            "evaluation.suite=prompts.txt",
+        ],
+        ["evaluate", tiny_folder, "--suite", "prompts.txt", "--reward", "needy.py:needs"],
+    ):
+        assert "needs answer, which no prompt has; 'a red dog' (prompts.txt, line 1) has prompt" in refused(*words)
+
+
 # Students
 
 

@@ -17,8 +17,8 @@ from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, dpo_one_step, 
 from trimtab.pipelines import Pipeline, features, loading
 from trimtab.pipelines.adapters import Adapters
 from trimtab.recipe import RunConfig
-from trimtab.rewards import BUILT_IN
 from trimtab.rewards import build as build_rewards
+from trimtab.rewards import check as check_rewards
 from trimtab.rewards.composite import Composite
 from trimtab.roles import check_targets
 from trimtab.rollout import Rollouts
@@ -285,11 +285,11 @@ def _shows(config: RunConfig) -> bool:
 
 
 def _rewards(config: RunConfig, prompts: Prompts, unseen: Prompts | None) -> Composite:
-    """The rewards, once it is certain that the built-in ones can score the suite's prompts, too."""
-    built_in = {name: 1.0 for name in config.rewards if name in BUILT_IN}
-    if config.evaluation.suite is not None and built_in:
-        build_rewards(built_in, unseen)
-    return build_rewards(config.rewards, prompts)
+    """The rewards, once it is certain that they can score the suite's prompts, too."""
+    built = build_rewards(config.rewards, prompts)
+    if config.evaluation.suite is not None and unseen is not prompts:
+        check_rewards(built, unseen)
+    return built
 
 
 def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inputs, display: Display) -> Run:

@@ -42,11 +42,18 @@ BUILT_IN = (*GENEVAL, "recognizer")
 def build(rewards: Mapping[str, float], prompts: Prompts) -> Composite:
     """The weighted rewards of a recipe. UserError for an unknown name, or for prompts that a reward can't judge."""
     reader = _Reader()
-    built = {name: (_one(name, reader), weight) for name, weight in rewards.items()}
-    for name in BUILT_IN:
-        if name in built:
+    built = Composite({name: (_one(name, reader), weight) for name, weight in rewards.items()})
+    check(built, prompts)
+    return built
+
+
+def check(rewards: Composite, prompts: Prompts) -> None:
+    """UserError for prompts that one of the rewards can't judge."""
+    for name, (reward, _) in rewards.rewards.items():
+        if name in BUILT_IN:
             _check_facts(name, prompts)
-    return Composite(built)
+        if isinstance(reward, custom.ColumnsFunction):
+            reward.check(prompts)
 
 
 class _Reader:
