@@ -574,6 +574,22 @@ def test_a_reward_that_fails_leaves_the_pictures_and_one_line(cli, recipe, tiny_
     assert len(list(Path("new").glob("images/*/samples/*.png"))) == 2 * 4
 
 
+def test_prompts_to_which_no_score_applies_are_told(cli, recipe, tiny_folder):
+    words = ["--suite", "prompts.txt", "--num-inference-steps", 1, "--images-per-prompt", 1]
+    _, stdout, _ = cli("evaluate", tiny_folder, *words)
+    assert "no score applies to these prompts; add --reward path.py:function, or facts" in " ".join(stdout.split())
+    _, stdout, _ = cli("evaluate", tiny_folder, *words, "--reward", "reward.py:brightness")
+    assert "no score applies" not in stdout
+
+
+def test_the_number_of_pictures_in_one_forward_may_be_given(cli, recipe, tiny_folder, monkeypatch):
+    sizes, decode = [], SD3.decode
+    monkeypatch.setattr(SD3, "decode", lambda self, latents: sizes.append(len(latents)) or decode(self, latents))
+    words = ["-p", "a red dog", "--num-images", 3, "--num-inference-steps", 1, "--batch-size", 2]
+    assert cli("sample", tiny_folder, *words)[0] == 0
+    assert sizes == [2, 1]
+
+
 # The command line itself
 
 
