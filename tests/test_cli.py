@@ -398,11 +398,11 @@ def test_the_built_in_student_is_no_model_of_many_steps(refused, name):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("no/such/folder", "no folder"),
+        ("no/such/folder", "does not exist"),
         ("folder", "has no model_index.json"),
         ("other", "is a KandinskyPipeline; trimtab supports StableDiffusion3Pipeline"),
         ("damaged", "is not JSON"),
-        ("somebody/model", "not to be had from the hub"),
+        ("somebody/model", "the hub could not be reached"),
     ],
 )
 def test_a_model_that_is_no_pipeline_of_ours_is_refused(refused, recipe, tmp_path, monkeypatch, command, model, says):
