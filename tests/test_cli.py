@@ -171,7 +171,9 @@ def test_a_value_of_the_wrong_type_or_out_of_range_is_refused_with_what_it_may_b
         ("crd-micro", "data.pictures=nofolder", "only agsm, softrepa, and dmd2 with method.gan_weight above 0 learn"),
         ("dmd2-micro-4step", "data.pictures=nofolder", "and dmd2 with method.gan_weight above 0 learn from pictures"),
         ("drpo-micro-turbo-offline", "data.pictures=nofolder", "learn from pictures; leave it out"),
-        ("pretrain-micro", "data.prompts=nofile.txt", "pretrain-micro draws its own data"),
+        ("pretrain-micro", "data.prompts=nofile.txt", "pre-training, agsm, softrepa"),
+        ("agsm-micro", "data.prompts=nofile.txt", "agsm, softrepa, and drpo with method.variant=offline read none"),
+        ("drpo-micro-turbo-offline", "data.prompts=nofile.txt", "method.variant=offline read none"),
         ("pretrain-micro", "rewards={nofile.py:f: 1.0}", "pretrain-micro has none"),
         ("pretrain-micro", "evaluation.suite=nofile.txt", "pretrain-micro is not evaluated"),
         ("agsm-micro", "model.finetune_type=full", "agsm trains soft tokens alone"),
@@ -421,6 +423,24 @@ def test_a_model_that_is_no_pipeline_of_ours_is_refused(refused, recipe, tmp_pat
         "evaluate": ["evaluate", model, "--suite", "prompts.txt"],
     }
     assert says in refused(*words[command])
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "says"),
+    [
+        ("crd-sd3.5-medium", [], "names no reward"),
+        ("crd-sd3.5-medium", ["data.prompts=blocks", "rewards={nofile.py:f: 1.0}"], "there is no file"),
+        ("drpo-sdxl-turbo", [], "names no reward"),
+        ("dmd2-sdxl-4step", [], "'prompts.txt' do not exist"),
+        ("agsm-sd15-coco", ["data.pictures=nofolder"], "'nofolder' are no folder"),
+    ],
+)
+def test_what_a_recipe_reads_is_missed_before_the_hub_is_asked_for_its_model(
+    refused, tmp_path, monkeypatch, name, words, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *args: pytest.fail("the hub was asked"))
+    assert says in refused("train", name, *words)
 
 
 def test_an_adapter_of_another_model_is_refused(refused, recipe, tmp_path, tiny_folder):

@@ -49,6 +49,7 @@ PRETRAIN = {
 TRAINED = "default"
 READS_PAIRS = "only method.name=drpo method.variant=offline learns from pairs"
 READS_PICTURES = "only agsm, softrepa, and dmd2 with method.gan_weight above 0 learn from pictures"
+READS_NO_PROMPTS = "pre-training, agsm, softrepa, and drpo with method.variant=offline read none"
 
 
 class Display(Protocol):
@@ -109,6 +110,17 @@ def check(config: RunConfig) -> Inputs:
     if strange:
         known = ", ".join(getattr(config.method, "trained_roles", (TRAINED,)))
         raise UserError(f"optimizer.learning_rates names {min(strange)!r}; the networks that learn are {known}.")
+    kinds = {
+        **dict.fromkeys(CAPTIONED, _captioned_inputs),
+        **dict.fromkeys(DISTILLATION, _distillation_inputs),
+        **dict.fromkeys(ONE_STEP, _one_step_inputs),
+    }
+    inputs = kinds.get(config.method.name, _online_inputs)(config)  # first: the hub may take its time over the model
+    return replace(inputs, adapters=_check_model(config))
+
+
+def _check_model(config: RunConfig) -> Adapters:
+    """UserError unless the model is there and can be trained so; the adapters below what is trained."""
     model = config.model.pretrained_model_name_or_path
     loading.resolve(model)
     loading.check_resolution(model, config.model.resolution)
@@ -120,9 +132,10 @@ def check(config: RunConfig) -> Inputs:
         loading.check_many_steps(model, adapters, config.method.name)
     if config.method.name in CAPTIONED:
         loading.check_tokens(config.method.tokens, model)
-        return replace(_captioned_inputs(config), adapters=adapters)
-    kinds = {**dict.fromkeys(DISTILLATION, _distillation_inputs), **dict.fromkeys(ONE_STEP, _one_step_inputs)}
-    return replace(kinds.get(config.method.name, _online_inputs)(config), adapters=adapters)
+    if isinstance(config.method, drpo.DrPOConfig):
+        side = config.model.resolution or loading.resolution(model)
+        features.check(config.method.features, loading.skeleton(model), side)
+    return adapters
 
 
 def _check_read(config: RunConfig) -> None:
@@ -134,7 +147,7 @@ def _check_read(config: RunConfig) -> None:
     in_vain = {
         "data.pairs": (data.pairs is not None and not offline, READS_PAIRS),
         "data.pictures": (data.pictures != "blocks" and not pictures, READS_PICTURES),
-        "data.prompts": (data.prompts != "blocks" and drawing, f"{name} draws its own data"),
+        "data.prompts": (data.prompts != "blocks" and (drawing or captioned or offline), READS_NO_PROMPTS),
         "rewards": (bool(config.rewards) and drawing, f"{name} has none"),
         "evaluation.suite": (config.evaluation.suite is not None and drawing, f"{name} is not evaluated"),
         "model.finetune_type=full": (config.model.lora is None and captioned, f"{name} trains soft tokens alone"),
@@ -215,11 +228,8 @@ def _one_step_inputs(config: RunConfig) -> Inputs:
         raise UserError(
             "a generator of one call is sampled so; give evaluation.num_inference_steps=1 evaluation.guidance_scale=1."
         )
-    if isinstance(method, drpo.DrPOConfig):
-        side = config.model.resolution or loading.resolution(config.model.pretrained_model_name_or_path)
-        features.check(method.features, loading.skeleton(config.model.pretrained_model_name_or_path), side)
-        if method.variant == "offline":
-            return _offline_inputs(config)
+    if getattr(method, "variant", "online") == "offline":
+        return _offline_inputs(config)
     inputs = _online_inputs(config)
     if isinstance(method, draft.DRaFTConfig):
         draft.DRaFT.check_rewards(inputs.rewards)
