@@ -26,6 +26,21 @@ def test_a_folder_without_the_adapters_file_is_refused(tiny_folder, tmp_path):
         loading.check_adapters([str(tmp_path)], str(tiny_folder))
 
 
+@pytest.mark.parametrize("name", ["nofolder", ""])
+def test_an_adapter_that_is_not_there_is_told_before_the_hub_is_asked_for_its_model(name):
+    with pytest.raises(
+        UserError, match=f"adapter folder '{name}' does not exist; give the `export` folder of a run, by"
+    ):
+        loading.check_adapters([name], "someone/sd3")
+
+
+def test_a_run_given_as_an_adapter_is_told_its_export(tiny_folder, tmp_path):
+    (tmp_path / "export").mkdir()
+    adapter(tmp_path / "export", {f"{TO_Q}.lora_A.weight": (4, 32)})
+    with pytest.raises(UserError, match=rf"did you mean {tmp_path}/export\?"):
+        loading.check_adapters([str(tmp_path)], str(tiny_folder))
+
+
 @pytest.mark.parametrize(
     ("part", "shape"), [("lora_A", (4, 48)), ("lora_B", (48, 4))], ids=["wrong inputs", "wrong outputs"]
 )

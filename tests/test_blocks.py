@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from trimtab.rewards.detectors import read_blocks
-from trimtab.rewards.geneval import judge, validate_metadata
+from trimtab.rewards.geneval import judge
 from trimtab.worlds import blocks
 from trimtab.worlds.blocks import COLORS, SHAPES, TAGS, Block, Scene
+from trimtab.worlds.facts import validate_metadata
 
 MIRROR = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 

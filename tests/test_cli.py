@@ -172,7 +172,9 @@ def test_a_value_of_the_wrong_type_or_out_of_range_is_refused_with_what_it_may_b
         ("crd-micro", "data.pictures=nofolder", "only agsm, softrepa, and dmd2 with method.gan_weight above 0 learn"),
         ("dmd2-micro-4step", "data.pictures=nofolder", "and dmd2 with method.gan_weight above 0 learn from pictures"),
         ("drpo-micro-turbo-offline", "data.pictures=nofolder", "learn from pictures; leave it out"),
-        ("pretrain-micro", "data.prompts=nofile.txt", "pretrain-micro draws its own data"),
+        ("pretrain-micro", "data.prompts=nofile.txt", "pre-training, agsm, softrepa"),
+        ("agsm-micro", "data.prompts=nofile.txt", "agsm, softrepa, and drpo with method.variant=offline read none"),
+        ("drpo-micro-turbo-offline", "data.prompts=nofile.txt", "method.variant=offline read none"),
         ("pretrain-micro", "rewards={nofile.py:f: 1.0}", "pretrain-micro has none"),
         ("pretrain-micro", "evaluation.suite=nofile.txt", "pretrain-micro is not evaluated"),
         ("agsm-micro", "model.finetune_type=full", "agsm trains soft tokens alone"),
@@ -321,6 +323,22 @@ def test_a_suite_that_the_rewards_cannot_judge_is_refused(refused, recipe):
     assert "prompts.txt, line 1" in sentence
 
 
+def test_a_column_that_a_reward_needs_and_the_prompts_lack_is_refused(refused, recipe, tmp_path, tiny_folder):
+    write(tmp_path / "needy.py", "def needs(prompts, images, answer):\n    return [0.0] * len(images)\n")
+    write(tmp_path / "answers.jsonl", '{"prompt": "a dog", "answer": "x"}\n' * 2)
+    for words in (
+        ["train", recipe(rewards={"needy.py:needs": 1.0})],
+        [
+            "train",
+            recipe(rewards={"needy.py:needs": 1.0}),
+            "data.prompts=answers.jsonl",
+            "evaluation.suite=prompts.txt",
+        ],
+        ["evaluate", tiny_folder, "--suite", "prompts.txt", "--reward", "needy.py:needs"],
+    ):
+        assert "needs answer, which no prompt has; 'a red dog' (prompts.txt, line 1) has prompt" in refused(*words)
+
+
 # Students
 
 
@@ -383,11 +401,11 @@ def test_the_built_in_student_is_no_model_of_many_steps(refused, name):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("no/such/folder", "no folder"),
+        ("no/such/folder", "does not exist"),
         ("folder", "has no model_index.json"),
         ("other", "is a KandinskyPipeline; trimtab supports StableDiffusion3Pipeline"),
         ("damaged", "is not JSON"),
-        ("somebody/model", "not to be had from the hub"),
+        ("somebody/model", "the hub could not be reached"),
     ],
 )
 def test_a_model_that_is_no_pipeline_of_ours_is_refused(refused, recipe, tmp_path, monkeypatch, command, model, says):
@@ -406,6 +424,24 @@ def test_a_model_that_is_no_pipeline_of_ours_is_refused(refused, recipe, tmp_pat
         "evaluate": ["evaluate", model, "--suite", "prompts.txt"],
     }
     assert says in refused(*words[command])
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "says"),
+    [
+        ("crd-sd3.5-medium", [], "names no reward"),
+        ("crd-sd3.5-medium", ["data.prompts=blocks", "rewards={nofile.py:f: 1.0}"], "there is no file"),
+        ("drpo-sdxl-turbo", [], "names no reward"),
+        ("dmd2-sdxl-4step", [], "'prompts.txt' do not exist"),
+        ("agsm-sd15-coco", ["data.pictures=nofolder"], "'nofolder' are no folder"),
+    ],
+)
+def test_what_a_recipe_reads_is_missed_before_the_hub_is_asked_for_its_model(
+    refused, tmp_path, monkeypatch, name, words, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *args: pytest.fail("the hub was asked"))
+    assert says in refused("train", name, *words)
 
 
 def test_an_adapter_of_another_model_is_refused(refused, recipe, tmp_path, tiny_folder):
@@ -592,6 +628,22 @@ def test_a_reward_that_fails_leaves_the_pictures_and_one_line(cli, recipe, tiny_
     assert "ValueError: one two" in stderr
     assert "the pictures are in new/images" in stderr
     assert len(list(Path("new").glob("images/*/samples/*.png"))) == 2 * 4
+
+
+def test_prompts_to_which_no_score_applies_are_told(cli, recipe, tiny_folder):
+    words = ["--suite", "prompts.txt", "--num-inference-steps", 1, "--images-per-prompt", 1]
+    _, stdout, _ = cli("evaluate", tiny_folder, *words)
+    assert "no score applies to these prompts; add --reward path.py:function, or facts" in " ".join(stdout.split())
+    _, stdout, _ = cli("evaluate", tiny_folder, *words, "--reward", "reward.py:brightness")
+    assert "no score applies" not in stdout
+
+
+def test_the_number_of_pictures_in_one_forward_may_be_given(cli, recipe, tiny_folder, monkeypatch):
+    sizes, decode = [], SD3.decode
+    monkeypatch.setattr(SD3, "decode", lambda self, latents: sizes.append(len(latents)) or decode(self, latents))
+    words = ["-p", "a red dog", "--num-images", 3, "--num-inference-steps", 1, "--batch-size", 2]
+    assert cli("sample", tiny_folder, *words)[0] == 0
+    assert sizes == [2, 1]
 
 
 # The command line itself

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from trimtab.batch import Prompts
 from trimtab.errors import UserError
 from trimtab.rewards.custom import load, to_pil
 
@@ -76,10 +77,25 @@ def test_a_function_with_named_columns_gets_just_those(reward):
     assert f(IMAGES, PROMPTS, METADATA).tolist() == [0.0, 2.0, 0.0]
 
 
-def test_a_needed_column_that_no_line_has_is_named(reward):
+def test_a_needed_column_that_no_prompt_has_is_named(reward):
     f = reward("def f(images, word): return [0.0 for _ in images]")
-    with pytest.raises(UserError, match=r"'mine.py:f' needs word; the prompts' metadata has tag, target"):
-        f(IMAGES, PROMPTS, METADATA)
+    message = (
+        r"'mine.py:f' needs word, which no prompt has; 'a' \(p.jsonl, line 1\) has target: give JSONL with that key"
+    )
+    with pytest.raises(UserError, match=message):
+        f.check(Prompts(("a", "b"), ({"target": "x", "where": "p.jsonl, line 1"}, {}), (0, 1)))
+
+
+def test_a_needed_column_that_some_prompts_lack_is_none_for_them_and_the_first_is_told(reward, caplog):
+    f = reward("def f(images, prompts, target, weight=2.0): return [t and weight * (t == 'y') for t in target]")
+    f.check(Prompts(tuple(PROMPTS), tuple(METADATA), (0, 1, 2)))
+    assert caplog.messages == [
+        "reward 'mine.py:f' needs target, which 1 of 3 prompts lack; the first is 'c' (a prompt)"
+    ]
+    assert f(IMAGES[2:], PROMPTS[2:], METADATA[2:]).isnan().all()  # even where none of a batch has it
+    caplog.clear()
+    f.check(Prompts(("a", "b"), tuple(METADATA[:2]), (0, 1)))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("parameters", ["images, prompts, metadata", "images, **columns"])
@@ -242,6 +258,15 @@ def test_what_an_object_changes_in_place_on_its_way_to_a_gradient_stays_its_own(
     load(f"{tmp_path}/smooth.py:light").with_gradient(images, ["a", "b"], [{}, {}]).sum().backward()
     assert torch.equal(images, leaf)
     assert torch.equal(leaf.grad, torch.full_like(leaf, 2 / 48))
+
+
+@pytest.mark.parametrize("value", ["images.double().mean((1, 2, 3))", "images[:, 0, 0, 0].double() * float('nan')"])
+def test_scores_with_a_gradient_are_of_one_type_whatever_the_users_model_has(tmp_path, value):
+    (tmp_path / "smooth.py").write_text(SMOOTH + f"light.with_gradient = lambda images, **_: {value}\n")
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    scores = load(f"{tmp_path}/smooth.py:light").with_gradient(images, ["a", "b"], [{}, {}])
+    assert scores.dtype == torch.float32
+    assert torch.autograd.grad(scores.nansum(), images)[0].isfinite().all()
 
 
 def test_an_object_with_a_gradient_that_applies_to_none_of_the_prompts_may_say_so_without(tmp_path):

@@ -65,9 +65,16 @@ def test_pictures_do_not_depend_on_the_batch_size(face):
     group, seeds = torch.tensor([0, 0, 1, 1, 2, 2]), list(range(6))
     pictures = [
         evaluate.generate(face, "default", PROMPTS, group, seeds, Setting("", 2, 2, batch_size=size))[0]
-        for size in (4, 64)
+        for size in (4, None)
     ]
     assert (pictures[0] - pictures[1]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("side", "sizes"), [(64, [64, 6]), (512, [16, 16, 16, 16, 6]), (1024, [4] * 17 + [2])])
+def test_large_pictures_are_drawn_a_few_at_a_time(side, sizes):
+    assert [len(part) for part in Setting("").parts(70, side)] == sizes
+    assert [len(part) for part in Setting("", batch_size=35).parts(70, side)] == [35, 35]
+    assert [len(part) for part in Setting("").parts(2, 4096)] == [1, 1]
 
 
 @pytest.fixture
@@ -199,6 +206,35 @@ def test_a_folder_is_written_again_by_the_same_call_only(tiny_folder, tmp_path):
     assert (folder / "results.json").read_bytes() == before
 
 
+def test_a_suite_or_a_reward_that_has_changed_is_another_evaluation(tiny_folder, tmp_path):
+    suite, reward, folder = tmp_path / "edit.txt", tmp_path / "mine.py", tmp_path / "out"
+    suite.write_text("a red circle\n")
+    reward.write_text("def score(images, prompts, metadata): return [1.0] * len(images)\n")
+
+    def evaluated(**how):
+        asked = {"num_inference_steps": 1, "images_per_prompt": 1, "guidance_scale": 1.0, "seed": 0} | how
+        return inference.evaluate_model(str(tiny_folder), [], str(suite), folder, QUIET, **asked)
+
+    evaluated()
+    with_reward = {"rewards": [f"{reward}:score"]}
+    evaluated(**with_reward)  # scores may be added
+    before = (folder / "results.json").read_bytes()
+    suite.write_text("\na red circle\n\n")  # says the same
+    evaluated(**with_reward)
+    for file, text in ((suite, "a blue circle\n"), (reward, reward.read_text().replace("1.0", "2.0"))):
+        kept = file.read_text()
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"from before .*{file.name}.* changed; give --output another folder"):
+            evaluated(**with_reward)
+        file.write_text(kept)
+    assert (folder / "results.json").read_bytes() == before
+    older = json.loads(before)
+    del older["sha256"]
+    (folder / "results.json").write_text(json.dumps(older))
+    evaluated(**with_reward)  # from before there were hashes
+    assert (folder / "results.json").read_bytes() == before
+
+
 def test_no_picture_replaces_another(tiny_folder, tmp_path):
     def sampled(steps, text="a red circle"):
         how = {"num_inference_steps": steps, "images_per_prompt": 2, "seed": 0, "guidance_scale": 1.0}
@@ -253,6 +289,16 @@ def test_a_role_does_not_drift_from_itself_and_its_drift_is_that_of_its_field(ti
     face.predict = moved
     drift = evaluate.drift(face, "default", "ref", latents, PROMPTS, group, SETTING)
     assert drift == pytest.approx(0.09, rel=1e-4)
+
+
+def test_the_table_keeps_a_users_names_and_has_no_row_without_a_number():
+    score = {"overall": {"mean": 0.5, "low": None}, "tags": {}}
+    bare = {"scores": {"my_reward.py:score": score}, "diversity": None, "frechet_distance": 2.0}
+    assert evaluate.table({"my_model": bare}) == [
+        ["", "my_model"],
+        ["my_reward.py:score, overall", "0.500"],
+        ["frechet distance", "2.000"],
+    ]
 
 
 @pytest.mark.usefixtures("drawn")

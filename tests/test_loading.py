@@ -49,16 +49,49 @@ def test_a_damaged_index_is_named(tmp_path, text):
     refused(tmp_path, r"model_index\.json is not .*the model folder is damaged, fetch it again\.$")
 
 
-@pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), HFValidationError("Repo id must")])
-def test_an_unknown_name_is_told_the_built_in_ones(monkeypatch, error):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mikro", r"'mikro' is no built-in model \(micro, micro-turbo\) and no folder here; did you mean micro\?$"),
+        ("micro-trubo", r"did you mean micro-turbo\?$"),
+        ("gpt2", r"and no folder here; a model on the hub is named owner/name\.$"),
+        *(
+            (name, f"^model folder '{name}' does not exist")
+            for name in ("./missing", "../a/b", "~/sd3", "sd3/", "a/b/c")
+        ),
+    ],
+)
+def test_the_hub_is_not_asked_for_what_it_cannot_have(name, says):
+    refused(name, says)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (LocalEntryNotFoundError("offline"), "is no folder here, and the hub could not be reached; check the network"),
+        (
+            HFValidationError("Repo id must"),
+            r"not to be had from the hub \(HFValidationError\); check the name, or log in",
+        ),
+    ],
+)
+def test_what_the_hub_does_not_give_is_told_with_the_reason(monkeypatch, error, says):
     def fail(*args):
         raise error
 
     monkeypatch.setattr(loading, "hf_hub_download", fail)
-    refused(
-        "mikro",
-        rf"no built-in model \(micro, micro-turbo\), no folder, .*\({type(error).__name__}\); check the name",
-    )
+    refused("someone/sd3", says)
+
+
+@pytest.mark.parametrize("folder", ["tiny", "tiny/export"])
+def test_a_run_given_as_a_model_is_told_what_to_give(tmp_path, folder):
+    export = tmp_path / "tiny" / "export"
+    export.mkdir(parents=True)
+    (export / LORA_FILE).write_bytes(b"")
+    refused(tmp_path / folder, rf"export is an adapter, given beside its model, as in `.* micro --adapter {export}`")
+    (export / "model_index.json").write_text("{}")  # full weights
+    if folder == "tiny":
+        refused(tmp_path / folder, f"has no model_index.json; give {export}\\.$")
 
 
 def test_a_name_on_the_hub_is_judged_by_its_index_and_scheduler_alone(monkeypatch, tiny_folder):

@@ -51,11 +51,6 @@ def test_a_null_colour_is_no_colour():
     assert set(built.rewards) == {"geneval", "recognizer"}
 
 
-def test_a_broken_clause_is_named_by_its_line():
-    with pytest.raises(UserError, match=r"p\.jsonl, line 1: include\[0\]\.count is 0"):
-        rewards.build({"geneval": 1.0}, prompts(ask(count=0)))
-
-
 def test_rules_that_judge_the_same_pictures_share_one_reading(monkeypatch):
     read, readings = rewards.read_blocks, []
     monkeypatch.setattr(rewards, "read_blocks", lambda images: readings.append(len(images)) or read(images))

@@ -41,6 +41,13 @@ def test_jsonl_keeps_its_own_columns_and_facts(file):
     assert second["tag"] == "mine"  # and not the world's
 
 
+def test_a_null_fact_is_none(file):
+    path = file("p.jsonl", '{"prompt": "a cat", "tag": null, "include": null, "exclude": null, "target": null}')
+    assert load_prompts(path).metadata == ({"prompt": "a cat", "target": None, "where": f"{path}, line 1"},)
+    path = file("p.jsonl", '{"prompt": "two stars", "tag": null, "include": null}')
+    assert load_prompts(path).metadata[0]["include"] == [{"class": "star", "count": 2}]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(file):
     assert load_prompts(file("p.txt", b"\xef\xbb\xbfa cat")).text == ("a cat",)
 
@@ -68,6 +75,13 @@ def test_blocks_are_the_world_s_own_lines(split):
 
 
 GOOD = '{"prompt": "a cat"}\n'
+CIRCLE = {"class": "circle", "count": 1}
+
+
+def fact(**keys):
+    return json.dumps({"prompt": "a red circle", "tag": "mine"} | keys)
+
+
 BROKEN = {
     "not JSON": (
         "p.jsonl",
@@ -81,6 +95,13 @@ BROKEN = {
     "endless number": ("p.jsonl", '{"prompt": "a", "n": ' + "9" * 5000 + "}", r"p\.jsonl, line 1 is not JSON"),
     "endless nesting": ("p.jsonl", "[" * 100_000, r"p\.jsonl, line 1 is not JSON"),
     "half a character": ("p.jsonl", GOOD + '{"prompt": "\\ud800"}', r"p\.jsonl, line 2 has a prompt that is no text"),
+    "facts that are none": ("p.jsonl", GOOD + fact(include="circle"), "line 2: include is 'circle'; expected"),
+    "a clause that is none": ("p.jsonl", fact(include=["circle"]), r"p\.jsonl, line 1: include\[0\] is 'circle'"),
+    "several colours": ("p.jsonl", fact(include=[CIRCLE | {"color": ["red"]}]), r"include\[0\]\.color is \['red'\]"),
+    "a count in words": ("p.jsonl", fact(include=[CIRCLE | {"count": "two"}]), r"include\[0\]\.count is 'two'"),
+    "a number to exclude": ("p.jsonl", fact(exclude=3), "p.jsonl, line 1: exclude is 3; expected a list"),
+    "a tag that is no name": ("p.jsonl", fact(tag=7), "p.jsonl, line 1: tag is 7; expected a name"),
+    "a tag alone": ("p.jsonl", GOOD + '{"prompt": "a cat", "tag": ["x"]}', r"line 2: tag is \['x'\]; expected a name"),
     "empty": ("p.txt", "\n \n", r"p\.txt is empty; write one prompt a line"),
     "not UTF-8": ("p.txt", b"caf\xe9", r"p\.txt cannot be read .*; save it as UTF-8 text"),
     "another kind": ("p.csv", "a cat", r"p\.csv ends in '\.csv'; \.txt .* and \.jsonl can be read"),

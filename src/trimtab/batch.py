@@ -22,6 +22,10 @@ class Prompts:
     def __getitem__(self, items: Sequence[int]) -> Self:
         return Prompts(*(tuple(column[i] for i in items) for column in (self.text, self.metadata, self.index)))
 
+    def of(self, group: Tensor) -> tuple[list[str], list[dict[str, Any]]]:
+        """The prompt of each sample, by its number here (B,), and its metadata, a copy that a reward may change."""
+        return [self.text[g] for g in group], [dict(self.metadata[g]) for g in group]
+
 
 @dataclass(frozen=True)
 class Condition:

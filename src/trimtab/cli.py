@@ -50,6 +50,9 @@ Adapter = Annotated[
 ]
 Guidance = Annotated[float, typer.Option(min=0, callback=_finite, help="1 is off.")]
 NumSteps = Annotated[int | None, typer.Option(min=1, help="Default: 40, or what a few-step student was made for.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Pictures in one forward. Default: 64 small ones, 4 of 1024 pixels a side.")
+]
 
 
 @app.command()
@@ -72,7 +75,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A built-in model, a diffusers folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="`micro`, `micro-turbo`, a diffusers folder or a hub id.")],
     adapter: Adapter = None,
     suite: Annotated[
         str, typer.Option(help="`blocks`, a .txt or .jsonl file, or a folder with a test file.")
@@ -85,7 +88,7 @@ def evaluate(
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="Score with this, too; repeatable.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: BatchSize = None,
 ) -> None:
     """Score a model on a suite of prompts with fixed seeds; the same call gives the same numbers."""
     from trimtab import inference
@@ -99,12 +102,14 @@ def evaluate(
             seed=seed, resolution=resolution, precision=mixed_precision, batch_size=batch_size, rewards=reward or [],
         )  # fmt: skip
     _print_table({folder.name: results})
+    if not results["scores"]:
+        _say("no score applies to these prompts; add --reward path.py:function, or facts")
     _say(f"\nresults  {(folder / 'results.json').resolve()}")
 
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="A built-in model, a diffusers folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="`micro`, `micro-turbo`, a diffusers folder or a hub id.")],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; repeatable.")],
     adapter: Adapter = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
@@ -116,6 +121,7 @@ def sample(
     ] = 0,
     resolution: Annotated[int | None, typer.Option(min=8)] = None,
     mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    batch_size: BatchSize = None,
 ) -> None:
     """Draw pictures, the same as stock diffusers draws from the same seed."""
     from trimtab import inference
@@ -124,7 +130,7 @@ def sample(
         files = inference.sample(
             model, adapter or [], prompt, output, display,
             images_per_prompt=num_images, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            seed=seed, resolution=resolution, precision=mixed_precision,
+            seed=seed, resolution=resolution, precision=mixed_precision, batch_size=batch_size,
         )  # fmt: skip
     for file in files:
         _say(str(file))

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_STEPS = 40  # of a model that is no few-step student
 MIN_IMAGES = 3  # precision and recall look at the third neighbour
 DRIFT_TIMES = 4  # evenly over (0, 1)
+AT_ONCE_PX = 2**22  # in one forward: 4 pictures of 1024 pixels a side
 REAL_PER_PROMPT = 16  # drawn scenes of each prompt, the other side of the Frechet distance
 PACKAGES = ("trimtab", "torch", "diffusers", "transformers", "peft", "numpy")
 OWN_SCORES = ("strict", "official", "recognizer")  # which need no reward, where the suite is one of blocks
@@ -62,11 +63,15 @@ class Setting:
     resolution: int | None = None
     precision: str = "no"
     few_step: bool = False  # sampled as a student is, by predicting x0 and noising it afresh
-    batch_size: int = 64
+    batch_size: int | None = None  # pictures in one forward; None: as many as AT_ONCE_PX allows
 
     def described(self) -> dict[str, Any]:
         """What results.json says of it: all that shapes a picture."""
         return {name: value for name, value in asdict(self).items() if name != "batch_size"}
+
+    def parts(self, number: int, side: int) -> tuple[Tensor, ...]:
+        """Indices of `number` pictures of `side` pixels, those of one forward together."""
+        return torch.arange(number).split(self.batch_size or max(1, min(64, AT_ONCE_PX // side**2)))
 
 
 def evaluate(
@@ -90,7 +95,7 @@ def evaluate(
     places = [(int(g), i % setting.images_per_prompt) for i, g in enumerate(group)]
     files = [f"images/{g:05d}/samples/{sibling:04d}.png" for g, sibling in places]
     _place(folder, dict(zip(files, map(png, images), strict=True)) | _facts(prompts))
-    text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
+    text, metadata = prompts.of(group)
     columns, reasons = _scores(images, text, metadata, rewards or {})
     tags = [line.get("tag", "all") for line in metadata]
     results = {
@@ -131,19 +136,20 @@ def generate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
     """Pictures (B, 3, H, W) on the CPU and their latents, one for each entry of `group` (B,), its prompt, and seed."""
-    shape = pipeline.latent_shape(setting.resolution or pipeline.resolution)
+    side = setting.resolution or pipeline.resolution
+    shape = pipeline.latent_shape(side)
     num_calls = setting.num_inference_steps
     grid = pipeline.few_step_grid if setting.few_step else pipeline.time_grid
     times = grid(num_calls, setting.resolution)
-    images, latents = [], []
-    for part in torch.arange(len(group)).split(setting.batch_size):
+    images, latents = torch.empty(len(group), 3, side, side), torch.empty(len(group), *shape, device=pipeline.device)
+    for part in setting.parts(len(group), side):
         noises = _noises([seeds[i] for i in part], shape, num_calls if setting.few_step else 1).to(pipeline.device)
         own = pipeline.encode([prompts.text[g] for g in group[part]])
         later = pipeline.between_calls(noises[1:]) if setting.few_step else None
-        latents.append(sample(pipeline, noises[0], times, own, role, setting.guidance_scale, later=later))
-        images.append(pipeline.decode(latents[-1]).cpu())
+        made = sample(pipeline, noises[0], times, own, role, setting.guidance_scale, later=later)
+        latents[part], images[part] = made, pipeline.decode(made).cpu()
         progress(int(part[-1]) + 1, len(group))
-    return torch.cat(images), torch.cat(latents)
+    return images, latents
 
 
 def _noises(seeds: list[int], shape: tuple[int, ...], number: int) -> Tensor:
@@ -161,7 +167,7 @@ def drift(
     With the weight (1 - t) / t in place of 1 this would bound the KL divergence between them (docs/notation.md).
     """
     total = 0.0
-    for part in torch.arange(len(group)).split(setting.batch_size):
+    for part in setting.parts(len(group), setting.resolution or pipeline.resolution):
         x0, own = latents[part.to(latents.device)], pipeline.encode([prompts.text[g] for g in group[part]])
         for number in range(DRIFT_TIMES):
             t = torch.tensor((number + 0.5) / DRIFT_TIMES)
@@ -179,11 +185,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     for score in first["scores"]:
         tags = first["scores"][score]["tags"] if score == "strict" else {}
         for tag in (*tags, "overall"):
-            rows.append(
-                [f"{score}, {tag}".replace("_", " "), *(_cell(r["scores"].get(score), tag) for r in results.values())]
-            )
+            shown = tag.replace("_", " ") if tag in blocks.TAGS else tag
+            rows.append([f"{score}, {shown}", *(_cell(r["scores"].get(score), tag) for r in results.values())])
     for name in ("frechet_distance", "diversity", "drift"):
-        if any(name in r for r in results.values()):
+        if any(r.get(name) is not None for r in results.values()):
             cells = ["" if r.get(name) is None else f"{r[name]:.3f}" for r in results.values()]
             rows.append([name.replace("_", " "), *cells])
     return rows

@@ -1,5 +1,6 @@
 """A finished model at work: `trimtab evaluate` and `trimtab sample`."""
 
+import hashlib
 import itertools
 import json
 import logging
@@ -38,15 +39,17 @@ def evaluate_model(
     """`trimtab evaluate`: the results, also in `folder`. UserError where that holds an evaluation of something else;
     RunStopped where a reward fails for all pictures, which are kept."""
     check_folder(folder)
-    about = {"model": model, "adapters": list(adapters)}
+    prompts = load_prompts(suite, "test")
+    about, hashes = {"model": model, "adapters": list(adapters)}, _hashes(suite, prompts, rewards)
     asked = {"suite": suite, "precision": precision, "resolution": resolution, **how}
     calls = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
-    _check_same(folder, {name: x for name, x in (about | asked | calls).items() if name != "batch_size"}, rewards)
-    prompts = load_prompts(suite, "test")
+    _check_same(
+        folder, {name: x for name, x in (about | asked | calls).items() if name != "batch_size"}, rewards, hashes
+    )
     extra = build_rewards(dict.fromkeys(rewards, 1.0), prompts).alone() if rewards else {}
     pipeline, role = _opened(model, adapters, precision, resolution)
     setting = _setting(pipeline, num_inference_steps, **asked)
-    _check_same(folder, about | setting.described(), rewards)  # how many calls a student takes is known now
+    _check_same(folder, about | setting.described(), rewards, hashes)  # how many calls a student takes is known now
     try:
         return evaluate.evaluate(
             pipeline,
@@ -55,14 +58,14 @@ def evaluate_model(
             setting,
             folder,
             rewards=extra,
-            described=about,
+            described=about | {"sha256": hashes},
             progress=lambda done, total: display.progress("evaluating", done, total),
         )
     except RewardFailed as error:
         raise RunStopped(f"{str(error).rstrip('.')}; the pictures are in {folder / 'images'}.") from error
 
 
-def _check_same(folder: Path, asked: Mapping[str, Any], rewards: Sequence[str]) -> None:
+def _check_same(folder: Path, asked: Mapping[str, Any], rewards: Sequence[str], hashes: Mapping[str, str]) -> None:
     """UserError if the folder holds an evaluation of another thing than what is asked for, which would replace it."""
     file = folder / "results.json"
     if not file.is_file():
@@ -77,12 +80,28 @@ def _check_same(folder: Path, asked: Mapping[str, Any], rewards: Sequence[str]) 
                 f"{folder} holds an evaluation with {name}={found.get(name)!r}, and this one has {value!r}; give "
                 "--output another folder."
             )
+    known = found.get("sha256") or {}  # older evaluations have none
+    changed = [name for name, value in hashes.items() if known.get(name, value) != value]
+    if changed:
+        raise UserError(f"{folder} holds an evaluation from before {changed[0]} changed; give --output another folder.")
     lost = set(found.get("scores") or ()) - {*rewards, *evaluate.OWN_SCORES}
     if lost:
         raise UserError(
             f"{folder} holds scores of {min(lost)!r}, which would be lost; give --reward {min(lost)} as well, or "
             "--output another folder."
         )
+
+
+def _hashes(suite: str, prompts: Prompts, rewards: Sequence[str]) -> dict[str, str]:
+    """What the prompts of a suite say, and the files of the user's own rewards, each as one number."""
+    lines = [
+        [text, {k: v for k, v in line.items() if k != "where"}]
+        for text, line in zip(prompts.text, prompts.metadata, strict=True)
+    ]
+    contents = {suite: json.dumps(lines, sort_keys=True).encode()}
+    files = {name: Path(name.rpartition(":")[0]) for name in rewards}
+    contents |= {name: file.read_bytes() for name, file in files.items() if file.suffix == ".py" and file.is_file()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def sample(

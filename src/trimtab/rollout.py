@@ -130,9 +130,7 @@ class Rollouts:
 
     def scores(self, drawn: Rollout, images: Tensor) -> Scored:
         """What the pictures earn."""
-        prompts, group = drawn.prompts, drawn.group
-        text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
-        return self.rewards.score(images, text, metadata, group)
+        return self.rewards.score(images, *drawn.prompts.of(drawn.group), drawn.group)
 
     def rewarded(self, drawn: Rollout, reward: Tensor) -> Rollout:
         """Samples with their rewards (B,), all finite, and the advantages over their siblings."""

@@ -283,11 +283,10 @@ class Student:
         many samples have none that should."""
         found, scores, failed = [], [], 0
         for part in torch.arange(len(x)).split(self.batch_size):
-            prompts, group = call.draw.prompts, call.draw.group[part]
-            text, metadata = [prompts.text[g] for g in group], [dict(prompts.metadata[g]) for g in group]
+            about = call.draw.prompts.of(call.draw.group[part])
             with torch.enable_grad():
                 leaf = x[part.to(x.device)].detach().requires_grad_()
-                score, missing = with_gradient(name, reward, self.pipeline.decode(leaf), text, metadata, group)
+                score, missing = with_gradient(name, reward, self.pipeline.decode(leaf), *about, call.draw.group[part])
                 found.append(torch.autograd.grad(score.nansum(), leaf)[0])
             scores.append(score.detach())
             failed += missing

@@ -16,8 +16,8 @@ from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, dpo_one_step, 
 from trimtab.pipelines import Pipeline, features, loading
 from trimtab.pipelines.adapters import Adapters
 from trimtab.recipe import RunConfig
-from trimtab.rewards import BUILT_IN
 from trimtab.rewards import build as build_rewards
+from trimtab.rewards import check as check_rewards
 from trimtab.rewards.composite import Composite
 from trimtab.roles import TRAINED, check_targets
 from trimtab.rollout import Rollouts
@@ -47,6 +47,7 @@ PRETRAIN = {
 }
 READS_PAIRS = "only method.name=drpo method.variant=offline learns from pairs"
 READS_PICTURES = "only agsm, softrepa, and dmd2 with method.gan_weight above 0 learn from pictures"
+READS_NO_PROMPTS = "pre-training, agsm, softrepa, and drpo with method.variant=offline read none"
 
 
 class Display(Protocol):
@@ -108,6 +109,17 @@ def check(config: RunConfig) -> Inputs:
     if strange:
         known = ", ".join(getattr(config.method, "trained_roles", (TRAINED,)))
         raise UserError(f"optimizer.learning_rates names {min(strange)!r}; the networks that learn are {known}.")
+    kinds = {
+        **dict.fromkeys(CAPTIONED, _captioned_inputs),
+        **dict.fromkeys(DISTILLATION, _distillation_inputs),
+        **dict.fromkeys(ONE_STEP, _one_step_inputs),
+    }
+    inputs = kinds.get(config.method.name, _online_inputs)(config)  # first: the hub may take its time over the model
+    return replace(inputs, adapters=_check_model(config))
+
+
+def _check_model(config: RunConfig) -> Adapters:
+    """UserError unless the model is there and can be trained so; the adapters below what is trained."""
     model = config.model.pretrained_model_name_or_path
     loading.resolve(model)
     loading.check_resolution(model, config.model.resolution)
@@ -119,12 +131,12 @@ def check(config: RunConfig) -> Inputs:
         loading.check_many_steps(model, adapters, config.method.name)
     if config.method.name in CAPTIONED:
         loading.check_tokens(config.method.tokens, model)
-        return replace(_captioned_inputs(config), adapters=adapters)
-    kinds = {**dict.fromkeys(DISTILLATION, _distillation_inputs), **dict.fromkeys(ONE_STEP, _one_step_inputs)}
-    inputs = replace(kinds.get(config.method.name, _online_inputs)(config), adapters=adapters)
+    if isinstance(config.method, drpo.DrPOConfig):
+        side = config.model.resolution or loading.resolution(model)
+        features.check(config.method.features, loading.skeleton(model), side)
     if config.method.name in ONE_STEP:
         loading.check_one_call(model, adapters, config.method.name)  # last, for it may only warn
-    return inputs
+    return adapters
 
 
 def _check_read(config: RunConfig) -> None:
@@ -136,7 +148,7 @@ def _check_read(config: RunConfig) -> None:
     in_vain = {
         "data.pairs": (data.pairs is not None and not offline, READS_PAIRS),
         "data.pictures": (data.pictures != "blocks" and not pictures, READS_PICTURES),
-        "data.prompts": (data.prompts != "blocks" and drawing, f"{name} draws its own data"),
+        "data.prompts": (data.prompts != "blocks" and (drawing or captioned or offline), READS_NO_PROMPTS),
         "rewards": (bool(config.rewards) and drawing, f"{name} has none"),
         "evaluation.suite": (config.evaluation.suite is not None and drawing, f"{name} is not evaluated"),
         "model.finetune_type=full": (config.model.lora is None and captioned, f"{name} trains soft tokens alone"),
@@ -217,11 +229,8 @@ def _one_step_inputs(config: RunConfig) -> Inputs:
         raise UserError(
             "a generator of one call is sampled so; give evaluation.num_inference_steps=1 evaluation.guidance_scale=1."
         )
-    if isinstance(method, drpo.DrPOConfig):
-        side = config.model.resolution or loading.resolution(config.model.pretrained_model_name_or_path)
-        features.check(method.features, loading.skeleton(config.model.pretrained_model_name_or_path), side)
-        if method.variant == "offline":
-            return _offline_inputs(config)
+    if getattr(method, "variant", "online") == "offline":
+        return _offline_inputs(config)
     inputs = _online_inputs(config)
     if isinstance(method, draft.DRaFTConfig):
         draft.DRaFT.check_rewards(inputs.rewards)
@@ -287,11 +296,11 @@ def _shows(config: RunConfig) -> bool:
 
 
 def _rewards(config: RunConfig, prompts: Prompts, unseen: Prompts | None) -> Composite:
-    """The rewards, once it is certain that the built-in ones can score the suite's prompts, too."""
-    built_in = {name: 1.0 for name in config.rewards if name in BUILT_IN}
-    if config.evaluation.suite is not None and built_in:
-        build_rewards(built_in, unseen)
-    return build_rewards(config.rewards, prompts)
+    """The rewards, once it is certain that they can score the suite's prompts, too."""
+    built = build_rewards(config.rewards, prompts)
+    if config.evaluation.suite is not None and unseen is not prompts:
+        check_rewards(built, unseen)
+    return built
 
 
 def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inputs, display: Display) -> Run:

@@ -36,7 +36,7 @@ from trimtab.errors import UserError
 from trimtab.matching import normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
-from trimtab.rewards.composite import Composite
+from trimtab.rewards.composite import Composite, is_smooth
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Student, StudentConfig, TimeMode
 
 SHARE = 2.0  # of the LoRA in the fake; the teacher's share s is that large a part of it
@@ -87,7 +87,7 @@ class DMDR:
                 f"method.reward_start is {config.reward_start}, and training has {num_steps} steps, so that the reward "
                 "would never count; make it smaller, or training.max_train_steps larger."
             )
-        black = [n for n, (r, w) in rewards.rewards.items() if not (w and hasattr(r, "with_gradient"))]
+        black = [n for n, (r, w) in rewards.rewards.items() if not (w and is_smooth(r))]
         if black:
             raise UserError(
                 f"dmdr follows the gradient of its rewards, and {black[0]!r} has none, or no weight; leave it out, "

@@ -28,7 +28,7 @@ from trimtab.errors import UserError
 from trimtab.matching import denoising_error
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
-from trimtab.rewards.composite import Composite, with_gradient
+from trimtab.rewards.composite import Composite, is_smooth, with_gradient
 from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
 
@@ -57,7 +57,7 @@ class DRaFT:
     @staticmethod
     def check_rewards(rewards: Composite) -> None:
         """UserError unless all that is trained on has a gradient."""
-        black = [name for name, (reward, weight) in rewards.rewards.items() if weight and not _smooth(reward)]
+        black = [name for name, (reward, weight) in rewards.rewards.items() if weight and not is_smooth(reward)]
         if black:
             raise UserError(
                 f"draft differentiates its reward and {black[0]!r} has no gradient; give it weight 0, or train on one "
@@ -105,18 +105,12 @@ class DRaFT:
 
     def _reward(self, rollout: Rollout, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum (B,) of what applies, NaN where nothing does, and each reward's mean."""
-        prompts = rollout.prompts
-        text = [prompts.text[g] for g in rollout.group]
-        metadata = [dict(prompts.metadata[g]) for g in rollout.group]
+        about = rollout.prompts.of(rollout.group)
         total, metrics = torch.full((len(images),), torch.nan, device=images.device), {}
         for name, (reward, weight) in self.rollouts.rewards.rewards.items():
             if weight:
-                scores, failed = with_gradient(name, reward, images, text, metadata, rollout.group)
+                scores, failed = with_gradient(name, reward, images, *about, rollout.group)
                 metrics[f"rewards/{name}/mean"] = scores.detach().nanmean()
                 metrics[f"failed/{name}"] = torch.tensor(float(failed))
                 total = torch.where(scores.isnan(), total, total.nan_to_num(0.0) + weight * scores)
         return total, metrics
-
-
-def _smooth(reward: object) -> bool:
-    return hasattr(reward, "with_gradient")

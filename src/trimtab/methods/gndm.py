@@ -48,7 +48,7 @@ from trimtab.matching import BinnedMean, Normaliser, normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.process import Process, over
-from trimtab.rewards.composite import Composite
+from trimtab.rewards.composite import Composite, is_smooth
 from trimtab.rollout import ADVANTAGE_EPS, comparable
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Draw, Student, StudentConfig, TimeMode, fake_time
 
@@ -186,7 +186,7 @@ class GNDM:
             raise UserError(
                 "method.reward_start is 0; rewards are weighed by what a cold start shows, give it 20 or more."
             )
-        black = [n for n, (r, w) in rewards.rewards.items() if w and not hasattr(r, "with_gradient")]
+        black = [n for n, (r, w) in rewards.rewards.items() if w and not is_smooth(r)]
         if black and group_size == 1:
             raise UserError("rollout.group_size is 1; give 2 or more, for rewards are compared among siblings.")
         if black and num_calls == 1:
@@ -199,7 +199,7 @@ class GNDM:
         self.balance = Balance(self.config)
         self.bins = BinnedMean(self.config.num_bins)
         weighted = {} if self.rewards is None else {n: (r, w) for n, (r, w) in self.rewards.rewards.items() if w}
-        self.smooth = {n: (r, w) for n, (r, w) in weighted.items() if hasattr(r, "with_gradient")}
+        self.smooth = {n: (r, w) for n, (r, w) in weighted.items() if is_smooth(r)}
         self.black = {n: w for n, (_, w) in weighted.items() if n not in self.smooth}
         self.seen: list[dict[str, float]] = []  # mean squares in the packs of an update, and mean |r| / n_g
         self.errors: list[tuple[Tensor, Tensor]] = []  # n and t in the packs of an update
@@ -261,9 +261,7 @@ class GNDM:
         """Eq. 4: sum_m weight_m clip(R~_m) (B,), NaN where a picture has no score."""
         parts = x0.split(self.student.config.sample_batch_size)
         images = torch.cat([self.pipeline.decode(part).cpu() for part in parts])
-        text = [draw.prompts.text[g] for g in draw.group]
-        metadata = [dict(draw.prompts.metadata[g]) for g in draw.group]
-        scored = self.rewards.score(images, text, metadata, draw.group)
+        scored = self.rewards.score(images, *draw.prompts.of(draw.group), draw.group)
         if self.black:
             comparable(scored.total, draw.group, self.student.everybody)  # or RewardFailed, everywhere
         total = torch.where(scored.total.isnan(), torch.nan, 0.0)

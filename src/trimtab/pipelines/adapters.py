@@ -35,7 +35,7 @@ def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
     """
     loras, tokens = [], []
     for name in names:
-        for file in _files(name):
+        for file in files_of(name):
             if token_files.is_ours(file):
                 token_files.check_file(network, file)
                 tokens.append(file)
@@ -65,15 +65,25 @@ def merge(pipe: DiffusionPipeline, loras: Sequence[Path]) -> None:
             pipe.scheduler = kind.from_pretrained(file.parent / "scheduler")
 
 
-def _files(name: str) -> list[Path]:
-    if Path(name).is_file():
-        return [Path(name)]
-    found = [file for file in (Path(name) / LORA_FILE, Path(name) / token_files.FILE) if file.is_file()]
-    if not found:
+def files_of(name: str) -> list[Path]:
+    """The file `name`, or those in the folder `name`; UserError where there is none."""
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if not name or not path.exists():
         raise UserError(
-            f"adapter {name!r} has no {LORA_FILE} and no {token_files.FILE}; give the `export` folder of a run."
+            f"adapter folder {name!r} does not exist; give the `export` folder of a run, by its path from {Path.cwd()}."
         )
+    found = files_in(path)
+    if not found:
+        hint = f"did you mean {path / 'export'}?" if files_in(path / "export") else "give the `export` folder of a run."
+        raise UserError(f"adapter {name!r} has no {LORA_FILE} and no {token_files.FILE}; {hint}")
     return found
+
+
+def files_in(folder: Path) -> list[Path]:
+    """What a folder holds of a LoRA and soft tokens."""
+    return [file for file in (folder / LORA_FILE, folder / token_files.FILE) if file.is_file()]
 
 
 def _check_lora(file: Path, network: nn.Module, model: str, name: str) -> None:

@@ -1,5 +1,6 @@
 """From a name to a pipeline. Whatever can be refused is refused before a weight is read."""
 
+import difflib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
-from trimtab.pipelines.adapters import Adapters, find, merge
+from trimtab.pipelines.adapters import Adapters, files_in, files_of, find, merge
 from trimtab.pipelines.face import Face
 from trimtab.pipelines.flux import Flux
 from trimtab.pipelines.sd import SD
@@ -91,16 +92,7 @@ def _json(path: str, name: str, model: str) -> dict:
     """What one of a model's JSON files says."""
     file = Path(path) / name
     if not file.is_file():
-        if Path(path).exists():
-            raise UserError(f"model folder {model!r} has no {name}; give a folder saved by a diffusers pipeline.")
-        try:
-            file = Path(hf_hub_download(path, name))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            names = ", ".join(BUILT_IN)
-            raise UserError(
-                f"model {model!r} is no built-in model ({names}), no folder, and not to be had from the hub "
-                f"({type(error).__name__}); check the name, or log in with `hf auth login`."
-            ) from error
+        file = _from_hub(path, name, model)
     try:
         content = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -108,6 +100,42 @@ def _json(path: str, name: str, model: str) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object; the model folder is damaged, fetch it again.")
     return content
+
+
+def _from_hub(path: str, name: str, model: str) -> Path:
+    """One of a model's files from the hub, which is asked for what it could have only."""
+    if Path(path).exists():
+        raise UserError(f"model folder {model!r} has no {name}; {_instead_of(Path(path))}.")
+    if "/" not in path:  # every pipeline on the hub has an owner
+        near = difflib.get_close_matches(model, BUILT_IN, n=1)
+        hint = f"did you mean {near[0]}?" if near else "a model on the hub is named owner/name."
+        raise UserError(f"model {model!r} is no built-in model ({', '.join(BUILT_IN)}) and no folder here; {hint}")
+    if path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1:
+        raise UserError(
+            f"model folder {model!r} does not exist; give its path from {Path.cwd()}, or owner/name on the hub."
+        )
+    try:
+        return Path(hf_hub_download(path, name))
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"model {model!r} is no folder here, and the hub could not be reached; check the network, or give a folder."
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"model {model!r} is no folder here, and not to be had from the hub ({type(error).__name__}); check the "
+            "name, or log in with `hf auth login`."
+        ) from error
+
+
+def _instead_of(folder: Path) -> str:
+    """What to give in place of a folder that is no pipeline."""
+    export = folder / "export"
+    if (export / "model_index.json").is_file():
+        return f"give {export}"
+    held = next(filter(files_in, (folder, export)), None)
+    if held is None:
+        return "give a folder saved by a diffusers pipeline"
+    return f"{held} is an adapter, given beside its model, as in `trimtab evaluate micro --adapter {held}`"
 
 
 def load(
@@ -218,6 +246,8 @@ def _students_own(model: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def check_adapters(adapters: Sequence[str], model: str) -> Adapters:
     """The files of the adapters' folders; UserError unless they fit the model. Loads no weights."""
+    for name in adapters:
+        files_of(name)  # what is not there is told before the hub is asked
     return find(adapters, skeleton(model), model) if adapters else Adapters()
 
 

@@ -15,13 +15,17 @@ from trimtab.errors import UserError
 from trimtab.rewards import custom
 from trimtab.rewards.composite import Composite
 from trimtab.rewards.detectors import read_blocks
-from trimtab.rewards.geneval import Detection, GenEval, validate_metadata
+from trimtab.rewards.geneval import Detection, GenEval
 from trimtab.rewards.recognizer import RecognizerScore
 from trimtab.worlds import blocks
 
 
 class Reward(Protocol):
-    """Scores a batch of images, each by itself; a higher score is better."""
+    """Scores a batch of images, each by itself; a higher score is better.
+
+    A smooth one (`composite.is_smooth`) has a method `with_gradient` as well: the same arguments, the same scores, on
+    the images' device and differentiable with respect to them.
+    """
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         """`images`: (B, 3, H, W) float32 in [0, 1]; `prompts` and `metadata`: B of each. Returns (B,) float32.
@@ -38,11 +42,18 @@ BUILT_IN = (*GENEVAL, "recognizer")
 def build(rewards: Mapping[str, float], prompts: Prompts) -> Composite:
     """The weighted rewards of a recipe. UserError for an unknown name, or for prompts that a reward can't judge."""
     reader = _Reader()
-    built = {name: (_one(name, reader), weight) for name, weight in rewards.items()}
-    for name in BUILT_IN:
-        if name in built:
+    built = Composite({name: (_one(name, reader), weight) for name, weight in rewards.items()})
+    check(built, prompts)
+    return built
+
+
+def check(rewards: Composite, prompts: Prompts) -> None:
+    """UserError for prompts that one of the rewards can't judge."""
+    for name, (reward, _) in rewards.rewards.items():
+        if name in BUILT_IN:
             _check_facts(name, prompts)
-    return Composite(built)
+        if isinstance(reward, custom.ColumnsFunction):
+            reward.check(prompts)
 
 
 class _Reader:
@@ -81,7 +92,6 @@ def _check_facts(name: str, prompts: Prompts) -> None:
                 f"reward {name!r} needs facts, and {text!r} ({where}) has none; give JSONL with `include` in GenEval's "
                 "schema, or sentences such as 'a photo of a red circle', or another reward."
             )
-        validate_metadata(line, where)
         strange = [c["class"] for c in line["include"] if c["class"] not in blocks.SHAPES]
         strange += [c["color"] for c in line["include"] if (c.get("color") or "red") not in blocks.COLORS]
         if strange:

@@ -97,6 +97,11 @@ class Composite:
         return Scored(torch.where(scored, total, torch.nan).to(images.device), raw, failed)
 
 
+def is_smooth(reward: Any) -> bool:
+    """Whether pictures can learn from a reward's own gradient."""
+    return hasattr(reward, "with_gradient")
+
+
 def with_gradient(
     name: str, reward: Any, images: Tensor, prompts: list[str], metadata: list[dict], group: Tensor
 ) -> tuple[Tensor, int]:

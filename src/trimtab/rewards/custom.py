@@ -6,7 +6,7 @@ The function, or an object with `__call__`, sync or async, has one of two signat
         images (B, 3, H, W) float32 in [0, 1], prompts a list, metadata a list of dicts; a dict `info` is dropped
     fn(prompts, images, **columns) -> scores                        as in TRL; told by the name `images` without it
         images a list of PIL images; each key of the metadata is a column: a list of B, None where a line lacks it.
-        A function without `**columns` gets just the columns that it names.
+        A function without `**columns` gets just the columns that it names; one without a default must be in a prompt.
 
 Scores are B numbers (list, array or tensor). None or NaN says: this reward does not apply to that image.
 """
@@ -15,6 +15,8 @@ import asyncio
 import importlib
 import importlib.util
 import inspect
+import itertools
+import logging
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +29,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from trimtab.batch import Prompts
 from trimtab.errors import UserError
+from trimtab.rewards.composite import is_smooth
 
 if TYPE_CHECKING:
     from trimtab.rewards import Reward
+
+logger = logging.getLogger(__name__)
 
 _SIGNATURES = "fn(images, prompts, metadata) or fn(prompts, images, **columns)"
 
@@ -74,14 +80,14 @@ class SmoothFunction(BatchFunction):
         scores = self.function.with_gradient(images=images.clone(), prompts=prompts, metadata=metadata)
         fits = isinstance(scores, Tensor) and scores.shape == images.shape[:1]
         if fits and scores.isnan().all():  # applies to none of the prompts: its gradient is 0, with or without a graph
-            return scores.detach() + 0 * images.sum((1, 2, 3))
+            return scores.detach().to(images.device, torch.float32) + 0 * images.sum((1, 2, 3))
         if not fits or not scores.requires_grad:
             found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(
                 f"reward {self.reference!r} returned {found} from with_gradient; return a tensor ({len(images)},) that "
                 "depends on the pictures."
             )
-        return scores
+        return scores.to(images.device, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -93,13 +99,27 @@ class ColumnsFunction:
     accepted: frozenset[str] | None
     required: frozenset[str]
 
+    def check(self, prompts: Prompts) -> None:
+        """UserError for a column that no prompt has; a warning for one that some lack, for which it is None."""
+        for name in sorted(self.required - {"prompts", "images"}):
+            lacking = [i for i, line in enumerate(prompts.metadata) if name not in line]
+            if not lacking:
+                continue
+            first, text = prompts.metadata[lacking[0]], prompts.text[lacking[0]]
+            where = f"{text!r} ({first.get('where', 'a prompt')})"
+            if len(lacking) == len(prompts):
+                has = ", ".join(sorted(first.keys() - {"where"})) or "nothing"
+                raise UserError(
+                    f"reward {self.reference!r} needs {name}, which no prompt has; {where} has {has}: give JSONL with "
+                    "that key, or the parameter a default."
+                )
+            number = f"{len(lacking)} of {len(prompts)} prompts lack"
+            logger.warning("reward %r needs %s, which %s; the first is %s", self.reference, name, number, where)
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        names = dict.fromkeys(name for line in metadata for name in line)
+        names = dict.fromkeys(itertools.chain(*metadata, self.required))
         columns = {name: [line.get(name) for line in metadata] for name in names}
         columns |= {"prompts": prompts, "images": to_pil(images)}
-        if missing := self.required - columns.keys():
-            needs, has = ", ".join(sorted(missing)), ", ".join(sorted(names)) or "nothing"
-            raise UserError(f"reward {self.reference!r} needs {needs}; the prompts' metadata has {has}. Add it there.")
         if self.accepted is not None:
             columns = {name: column for name, column in columns.items() if name in self.accepted}
         return _scores(_waited(self.function(**columns)), images, self.reference)
@@ -145,7 +165,7 @@ def _adapter(function: Callable[..., Any], reference: str) -> "Reward":
     required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     anything = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
     if named >= {"images", "prompts", "metadata"} >= required:
-        smooth = hasattr(function, "with_gradient")
+        smooth = is_smooth(function)
         return SmoothFunction(function, reference) if smooth else BatchFunction(function, reference)
     if "metadata" in named or required - named or not ("images" in named or anything):
         raise UserError(f"reward {reference!r} has the signature {signature}; expected {_SIGNATURES}, by these names.")

@@ -11,8 +11,10 @@ from typing import Any
 from trimtab.batch import Prompts
 from trimtab.errors import UserError
 from trimtab.worlds import blocks
+from trimtab.worlds.facts import validate_metadata
 
 NUM_PER_TAG = {"train": 240, "test": 24}  # of the world blocks
+FACTS = ("tag", "include", "exclude")  # GenEval's keys; null is as good as none, which tables with fixed columns write
 
 
 def load_prompts(source: str, split: str = "train") -> Prompts:
@@ -75,7 +77,12 @@ def _json_line(text: str, where: str) -> dict[str, Any]:
         line["prompt"].encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where} has a prompt that is no text ({error.reason}); write it as UTF-8.") from error
-    return _with_facts(line)
+    line = _with_facts({key: value for key, value in line.items() if value is not None or key not in FACTS})
+    if "include" in line:
+        validate_metadata(line, where)
+    elif not isinstance(line.get("tag", ""), str):
+        raise UserError(f"{where}: tag is {line['tag']!r}; expected a name, by which scores are told apart.")
+    return line
 
 
 def _with_facts(line: dict[str, Any]) -> dict[str, Any]:
