@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from tables import curve, numbers, table
 from torch import Tensor, nn
 
-from trimtab import groups, run, wiring
+from trimtab import groups, inputs, run, wiring
 from trimtab.batch import Prompts
 from trimtab.cli import Terminal
 from trimtab.files import atomic_write
@@ -96,7 +96,7 @@ def untouched(name: str, seed: int, given: argparse.Namespace) -> Path:
     config = configured(f"untouched-{kind}-{given.steps}x{given.num_pictures}", seed, given, variant=variant)
     folder = Path(config.output_dir) / config.name
     if not (folder / "metrics.jsonl").is_file():
-        built = wiring.build(config, folder, Accelerator(cpu=True), wiring.check(config), given.display)
+        built = wiring.build(config, folder, Accelerator(cpu=True), inputs.check(config), given.display)
         logs = [built.method.rollouts.collect(step, built.sampler)[1] for step in range(given.steps)]
         atomic_write(folder / "metrics.jsonl", "".join(json.dumps(log) + "\n" for log in logs))
     return folder

@@ -26,6 +26,7 @@ ROWS = [  # top row first; a row imports only from rows above it, or from itself
     {"evaluate"},
     {"report"},
     {"recipe"},
+    {"inputs"},
     {"wiring"},
     {"run", "inference", "bench"},
     {"preferences"},

@@ -3,10 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from trimtab import run, wiring
+from trimtab import inputs, run
+from trimtab.inputs import CAPTIONED, DISTILLATION, ONE_STEP, ONLINE, PRETRAIN
 from trimtab.optimizer import lr_factor
 from trimtab.recipe import DataConfig, ModelConfig
-from trimtab.wiring import CAPTIONED, DISTILLATION, ONE_STEP, ONLINE, PRETRAIN
 
 RECIPES = sorted(path.stem for path in run.RECIPES.glob("*.yaml"))
 COCO = [name for name in RECIPES if name.endswith("-coco")]
@@ -22,7 +22,7 @@ def test_a_built_in_recipe_is_sound_and_named_after_its_file(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_built_in_recipe_names_nothing_that_its_method_would_never_look_at(name):
     config = run.load_config(name)
-    wiring._check_read(config)
+    inputs._check_read(config)
     assert not (getattr(config.method, "fake_warmup", 0) and config.optimizer.lr_warmup_steps)
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trimtab import bench, checkpoint, run, wiring
+from trimtab import bench, checkpoint, inputs, run, wiring
 from trimtab.cli import main
 from trimtab.errors import UserError
 from trimtab.learner import Learner
@@ -468,7 +468,7 @@ def ready(recipe):
         name = {} if "name" in method else {"name": "crd", "kl_cfg": 2.0}
         config = run.load_config(str(recipe(method={"num_train_times": 2, **name, **method})))
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"advantage_std": "pooled"})})
-        built = wiring.build(config, Path("unused"), Accelerator(cpu=True), wiring.check(config), Silent())
+        built = wiring.build(config, Path("unused"), Accelerator(cpu=True), inputs.check(config), Silent())
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in built.learner.parameters["default"].values():
@@ -480,7 +480,7 @@ def ready(recipe):
 
 def test_gradient_checkpointing_is_asked_of_the_network_and_of_the_auto_encoder(recipe):
     config = run.load_config(str(recipe(model={"gradient_checkpointing": True})))
-    built = wiring.build(config, Path("unused"), Accelerator(cpu=True), wiring.check(config), Silent())
+    built = wiring.build(config, Path("unused"), Accelerator(cpu=True), inputs.check(config), Silent())
     assert built.pipeline.pipe.transformer.gradient_checkpointing
     assert built.pipeline.pipe.vae.decoder.gradient_checkpointing
 
@@ -726,10 +726,10 @@ def test_what_cannot_give_pairs_is_one_sentence(recipe, cli, words, sentence):
 @pytest.mark.parametrize("name", ["drpo", "dpo-one-step", "draft"])
 def test_what_is_trained_in_one_call_is_a_model_of_few_calls_or_is_told(recipe, tiny_sd_folder, caplog, name):
     path = recipe(**METHODS[name])
-    wiring.check(run.load_config(path))
+    inputs.check(run.load_config(path))
     assert sum("draws well in few calls" in line for line in caplog.messages) == 1
     with pytest.raises(UserError, match="save the model with an LCMScheduler"):
-        wiring.check(run.load_config(path, [f"model.pretrained_model_name_or_path={tiny_sd_folder}"]))
+        inputs.check(run.load_config(path, [f"model.pretrained_model_name_or_path={tiny_sd_folder}"]))
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from trimtab.errors import UserError
+from trimtab.inputs import PRETRAIN, check
 from trimtab.learner import accelerator
 from trimtab.pipelines import Pipeline
 from trimtab.recipe import RunConfig
-from trimtab.wiring import PRETRAIN, TRAINED, Display, Run, build, check
+from trimtab.roles import TRAINED
+from trimtab.wiring import Display, Run, build
 
 REPEATS = 10
 

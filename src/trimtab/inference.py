@@ -17,7 +17,8 @@ from trimtab.files import atomic_write, check_folder
 from trimtab.pipelines import Pipeline, loading
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards.composite import RewardFailed
-from trimtab.wiring import TRAINED, Display
+from trimtab.roles import TRAINED
+from trimtab.wiring import Display
 from trimtab.worlds.files import load_prompts
 
 logger = logging.getLogger(__name__)

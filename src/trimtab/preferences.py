@@ -13,11 +13,12 @@ from trimtab.candidates import best_and_worst, in_units_of_siblings
 from trimtab.config import load_yaml, validate
 from trimtab.errors import UserError
 from trimtab.files import atomic_write, check_folder
+from trimtab.inputs import ONE_STEP, ONLINE, check
 from trimtab.learner import accelerator, check_one_process
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
 from trimtab.run import ABOUT
-from trimtab.wiring import ONE_STEP, ONLINE, Display, Run, build, check
+from trimtab.wiring import Display, Run, build
 
 
 def write_pairs(

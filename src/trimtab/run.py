@@ -16,6 +16,7 @@ from trimtab import checkpoint, evaluate
 from trimtab.config import RECIPES, dump, find_recipe, load_yaml, override, validate
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import as_umask, atomic_write, lock
+from trimtab.inputs import DISTILLATION, ONE_STEP, check
 from trimtab.learner import Record, accelerator
 from trimtab.log import MetricsLog, append
 from trimtab.recipe import RunConfig
@@ -24,7 +25,7 @@ from trimtab.report.card import write_card
 from trimtab.rewards import BUILT_IN
 from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
-from trimtab.wiring import DISTILLATION, ONE_STEP, Display, Run, build, check
+from trimtab.wiring import Display, Run, build
 
 ABOUT = ("command", "revision", "versions")  # what config.yaml says beside the recipe
 MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result
