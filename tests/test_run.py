@@ -46,7 +46,7 @@ def weighted(prompts, images, weight):
 """
 CAPTIONED = {  # sections of a recipe that learns soft tokens from pictures
     "method": {"name": "agsm", "tokens": {"num_tokens": 2, "num_layers": 2}},
-    "data": {"pictures": "pictures", "num_workers": 0},
+    "data": {"prompts": "blocks", "pictures": "pictures", "num_workers": 0},
     "rewards": {},
     "training": {"train_batch_size": 4},
 }
@@ -80,7 +80,7 @@ METHODS = {
     "drpo, offline": {
         "method": {"name": "drpo", "variant": "offline", "features": {"kind": "latents"}, "token_mode": "per_location"},
         "rewards": {},
-        "data": {"pairs": "pairs.jsonl"},
+        "data": {"prompts": "blocks", "pairs": "pairs.jsonl"},
         "rollout": {"num_inference_steps": 1},
         "training": {"train_batch_size": 3},
     },
@@ -95,6 +95,7 @@ METHODS = {
     },
     "softrepa": CAPTIONED | {"method": CAPTIONED["method"] | {"name": "softrepa"}},
 }
+OFFLINE = {"name": "drpo", "variant": "offline"}
 CLOCK = ("seconds/", "elapsed_seconds", "images_per_second")  # what differs between two equal runs
 STEPS = 4
 
@@ -649,7 +650,8 @@ def test_pairs_are_what_the_run_saw_and_train_offline(recipe, cli):
                     pixels = torch.tensor(list(Image.open(Path(f"pairs{step}") / name).tobytes())) / 255
                     assert pixels.mean().item() == pytest.approx(score, abs=1 / 255)
     offline = {"name": "drpo", "variant": "offline", "features": {"kind": "latents"}}
-    path = recipe(name="again", method=offline, rewards={}, data={"pairs": "pairs1/pairs.jsonl"}, rollout=rollout)
+    data = {"prompts": "blocks", "pairs": "pairs1/pairs.jsonl"}
+    path = recipe(name="again", method=offline, rewards={}, data=data, rollout=rollout)
     assert cli("train", path)[0] == 0
     assert len(metrics("runs/again")) == STEPS
 
@@ -743,8 +745,8 @@ def test_what_is_trained_in_one_call_is_a_model_of_few_calls_or_is_told(recipe, 
         ({"rollout": {"num_inference_steps": 1, "group_size": 1}}, "rollout.group_size is 1"),
         ({"method": {"name": "drpo"}}, "num_negative are 16 together and a prompt has 4 candidates"),
         ({"method": {"name": "drpo", "variant": "binary", "num_rounds": 3}}, "a prompt has 12 candidates in 3 rounds"),
-        ({"method": {"name": "drpo", "variant": "offline"}}, "learns from pairs; give data.pairs"),
-        ({"method": {"name": "drpo", "variant": "offline"}, "data": {"pairs": "prompts.txt"}}, "no .jsonl or .parquet"),
+        ({"method": OFFLINE, "data": {"prompts": "blocks"}}, "learns from pairs; give data.pairs"),
+        ({"method": OFFLINE, "data": {"prompts": "blocks", "pairs": "prompts.txt"}}, "no .jsonl or .parquet"),
         ({"data": {"pairs": "pairs.jsonl"}}, "data.pairs is given, and only method.name=drpo"),
         ({"method": {"name": "draft"}}, "has no gradient; give it weight 0"),
         ({"rewards": {}}, "names no reward"),
