@@ -694,6 +694,18 @@ def test_a_run_from_before_a_setting_is_resumed_with_its_default_and_with_no_oth
     assert "has rollout.noise_spread=1.0 and the resumed run was given 0.5" in err
 
 
+def test_a_run_is_resumed_with_the_prompts_that_it_began_with(recipe, cli):
+    path = recipe(training={"max_train_steps": 1})
+    assert cli("train", path)[0] == 0
+    before = Path("prompts.txt").read_text()
+    Path("prompts.txt").write_text(before + "one more\n")
+    code, _, err = cli("train", path, "--resume")
+    assert code == 2
+    assert "the prompts of prompts.txt are no longer those of the interrupted run" in err
+    Path("prompts.txt").write_text("\n" + before)  # the same, one line further down
+    assert cli("train", path, "--resume")[0] == 0
+
+
 def test_whoever_may_read_the_folder_may_read_the_weights(recipe, cli):
     assert cli("train", recipe(training={"max_train_steps": 1}))[0] == 0
     files = [*Path("runs/mine/export").iterdir(), *Path("runs/mine/checkpoint-1").iterdir()]

@@ -1,5 +1,7 @@
 """What flows between the rooms: prompts, what a text encoder made of them, captioned pictures, and grouped samples."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -25,6 +27,11 @@ class Prompts:
     def of(self, group: Tensor) -> tuple[list[str], list[dict[str, Any]]]:
         """The prompt of each sample, by its number here (B,), and its metadata, a copy that a reward may change."""
         return [self.text[g] for g in group], [dict(self.metadata[g]) for g in group]
+
+    def sha256(self) -> str:
+        """Of what they say and ask for, on whatever lines of whatever file."""
+        facts = [{key: value for key, value in line.items() if key != "where"} for line in self.metadata]
+        return hashlib.sha256(json.dumps([self.text, facts], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -95,14 +95,9 @@ def _check_same(folder: Path, asked: Mapping[str, Any], rewards: Sequence[str], 
 
 def _hashes(suite: str, prompts: Prompts, rewards: Sequence[str]) -> dict[str, str]:
     """What the prompts of a suite say, and the files of the user's own rewards, each as one number."""
-    lines = [
-        [text, {k: v for k, v in line.items() if k != "where"}]
-        for text, line in zip(prompts.text, prompts.metadata, strict=True)
-    ]
-    contents = {suite: json.dumps(lines, sort_keys=True).encode()}
     files = {name: Path(name.rpartition(":")[0]) for name in rewards}
-    contents |= {name: file.read_bytes() for name, file in files.items() if file.suffix == ".py" and file.is_file()}
-    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    own = {name: file.read_bytes() for name, file in files.items() if file.suffix == ".py" and file.is_file()}
+    return {suite: prompts.sha256()} | {name: hashlib.sha256(content).hexdigest() for name, content in own.items()}
 
 
 def sample(

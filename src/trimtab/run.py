@@ -16,7 +16,7 @@ from trimtab import checkpoint, evaluate
 from trimtab.config import RECIPES, dump, find_recipe, load_yaml, override, validate
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import as_umask, atomic_write, lock
-from trimtab.inputs import DISTILLATION, ONE_STEP, check
+from trimtab.inputs import DISTILLATION, ONE_STEP, Inputs, check
 from trimtab.learner import Record, accelerator
 from trimtab.log import MetricsLog, append
 from trimtab.recipe import RunConfig
@@ -27,7 +27,7 @@ from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
 from trimtab.wiring import Display, Run, build
 
-ABOUT = ("command", "revision", "versions")  # what config.yaml says beside the recipe
+ABOUT = ("command", "revision", "versions", "prompts_sha256")  # what config.yaml says beside the recipe
 MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_prompts",
     "on_error", "num_workers", "cache",
@@ -50,11 +50,11 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
     with ExitStack() as held:
         if processes.is_main_process:
             held.enter_context(lock(folder))
-            _check_folder(config, folder, resume)
+            _check_folder(config, inputs, folder, resume)
         processes.wait_for_everyone()
         saved = _saved(folder, processes) if resume else None
         run = build(config, folder, processes, inputs, display)
-        _describe(run, command)
+        _describe(run, inputs, command)
         if saved is not None:
             run.learner.load_state(checkpoint.load(saved))
             display.note(f"resumed from {saved}")
@@ -77,28 +77,30 @@ def _saved(folder: Path, processes: Accelerator) -> Path | None:
     return saved
 
 
-def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+def _check_folder(config: RunConfig, inputs: Inputs, folder: Path, resume: bool) -> None:
     """UserError unless the folder is new, or holds this very run, which is to be resumed."""
     file = folder / "config.yaml"
     if not file.is_file():
         return
     if not resume:
         raise UserError(f"{folder} already holds a run; add --resume to go on with it, or give another name=... .")
-    _check_unchanged(config, file)
+    _check_unchanged(config, inputs, file)
 
 
-def _describe(run: Run, command: str) -> None:
+def _describe(run: Run, inputs: Inputs, command: str) -> None:
     """Leave config.yaml in the folder, once the run is built: one that could not start leaves no trace to resume."""
     file = run.folder / "config.yaml"
     if run.writes and not file.is_file():
         about = {"command": command, "revision": _revision(), "versions": evaluate.versions()}
+        about |= {} if inputs.prompts is None else {"prompts_sha256": inputs.prompts.sha256()}
         atomic_write(file, dump(run.config) + yaml.safe_dump(about, sort_keys=False))
 
 
-def _check_unchanged(config: RunConfig, file: Path) -> None:
-    """UserError where the recipe differs from the one of the interrupted run in anything that shapes the result. A
-    setting that there was not yet has its default, which is what was done then."""
-    given = {key: value for key, value in load_yaml(file).items() if key not in ABOUT}
+def _check_unchanged(config: RunConfig, inputs: Inputs, file: Path) -> None:
+    """UserError where the recipe differs from the one of the interrupted run in anything that shapes the result, or its
+    prompts do. A setting that there was not yet has its default, which is what was done then."""
+    written = load_yaml(file)
+    given = {key: value for key, value in written.items() if key not in ABOUT}
     before, now = (yaml.safe_load(dump(each)) for each in (validate(RunConfig, given, str(file)), config))
     changed = [key for key in {**_flat(before), **_flat(now)} if _flat(before).get(key) != _flat(now).get(key)]
     changed = [key for key in changed if key.rpartition(".")[2] not in MAY_CHANGE]
@@ -107,6 +109,12 @@ def _check_unchanged(config: RunConfig, file: Path) -> None:
         raise UserError(
             f"{file} has {key}={_flat(before).get(key)} and the resumed run was given {_flat(now).get(key)}; "
             "resume with the same configuration, or give the changed run another name=... ."
+        )
+    prompts = None if inputs.prompts is None else inputs.prompts.sha256()
+    if written.get("prompts_sha256", prompts) != prompts:  # runs from before this was written down are believed
+        raise UserError(
+            f"the prompts of {config.data.pairs or config.data.prompts} are no longer those of the interrupted run; "
+            "put them back, or give the changed run another name=... ."
         )
 
 

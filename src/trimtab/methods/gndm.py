@@ -165,6 +165,15 @@ class Balance:
             setattr(self, name, value)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the balance and the bins learn from the samples that were pushed together."""
+
+    squares: dict[str, float]  # mean squares of A ("") and of each reward's gradient, and mean |r| / n_g ("misfit")
+    n: Tensor  # (B,)
+    t: Tensor  # (B,)
+
+
 @dataclass
 class GNDM:
     """The glue: what a rollout serves, what its samples earn, and how the pushes add up."""
@@ -201,8 +210,6 @@ class GNDM:
         weighted = {} if self.rewards is None else {n: (r, w) for n, (r, w) in self.rewards.rewards.items() if w}
         self.smooth = {n: (r, w) for n, (r, w) in weighted.items() if is_smooth(r)}
         self.black = {n: w for n, (_, w) in weighted.items() if n not in self.smooth}
-        self.seen: list[dict[str, float]] = []  # mean squares in the packs of an update, and mean |r| / n_g
-        self.errors: list[tuple[Tensor, Tensor]] = []  # n and t in the packs of an update
         self.log: dict[str, float] = {}
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -230,15 +237,16 @@ class GNDM:
         if call.network == FAKE:
             yield from self.student.fake_losses(call, partial(fake_time, self.config))
             return
-        self.seen, self.errors = [], []
-        yield from self.student.push_losses(call, self._update)
-        sizes = torch.tensor([len(n) for n, _ in self.errors])[:, None]
-        rows = torch.tensor([list(each.values()) for each in self.seen])
+        packs: list[Seen] = []
+        yield from self.student.push_losses(call, partial(self._update, packs))
+        sizes = torch.tensor([len(pack.n) for pack in packs])[:, None]
+        rows = torch.tensor([list(pack.squares.values()) for pack in packs])
         mean = self.student.everybody((rows * sizes).sum(0, keepdim=True) / sizes.sum()).mean(0)
-        squares = dict(zip(self.seen[0], mean.tolist(), strict=True))
+        squares = dict(zip(packs[0].squares, mean.tolist(), strict=True))
         misfit = squares.pop("misfit")
         self.balance.observe({name: math.sqrt(square) for name, square in squares.items()}, misfit)
-        self.bins.update(*(self.student.everybody(torch.cat(column)) for column in zip(*self.errors, strict=True)))
+        n, t = (torch.cat(column) for column in zip(*((pack.n, pack.t) for pack in packs), strict=True))
+        self.bins.update(self.student.everybody(n), self.student.everybody(t))
 
     def after_step(self, step: int) -> dict[str, float]:
         self.log |= self.student.log(step, self.config, self.config.reuse)
@@ -276,15 +284,15 @@ class GNDM:
                 total += self.black[name] * score.nan_to_num(0.0)  # 0 where it does not apply
         return total
 
-    def _update(self, x: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 1 to 3 for whole groups x (B, ...)."""
+    def _update(self, packs: list[Seen], x: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 1 to 3 for whole groups x (B, ...); what there was to see joins `packs`."""
         config, group = self.config, call.draw.group.to(x.device)
         r, n, t = self.student.direction(x, call, config)
         typical = self.bins.at(t)
         typical = torch.where(typical.isnan(), n, typical)  # a bin that has seen nothing yet
         move = normalised_direction(r, n, group, config.normaliser, typical=typical)
         relative = (r.flatten(1).abs().mean(1) / groups.means(n, group)).mean()
-        seen = {"misfit": relative.item(), "": move.square().mean().item()}
+        squares = {"misfit": relative.item(), "": move.square().mean().item()}
         push = over(self._importance(call, group), move) * move
         metrics = {"direction": r.abs().mean(), "misfit": n.mean()}
         for name, (reward, weight) in (
@@ -292,13 +300,12 @@ class GNDM:
         ):
             gradient, log = self.student.reward_gradient(name, reward, x, call)
             metrics |= log
-            seen[name] = gradient.square().mean().item()
+            squares[name] = gradient.square().mean().item()
             if self.balance.rewards_count:
-                push = push + weight * self.balance.share() * self._scaled(name, gradient, seen)
+                push = push + weight * self.balance.share() * self._scaled(name, gradient, squares)
         if call.advantage is not None and call.k < self.student.num_steps - 1:
-            push = push + self.balance.share() * self._size("", seen) * self._score(x, call)
-        self.seen.append(seen)
-        self.errors.append((n, t))
+            push = push + self.balance.share() * self._size("", squares) * self._score(x, call)
+        packs.append(Seen(squares, n, t))
         return push, metrics
 
     @torch.no_grad()
@@ -323,13 +330,13 @@ class GNDM:
         ratio = log_rho.exp() if call.use else torch.ones_like(log_rho)  # exactly 1 at first
         return score_direction(call.advantage.to(x), ratio, self.config.ratio_clip, now)
 
-    def _scaled(self, name: str, gradient: Tensor, seen: dict[str, float]) -> Tensor:
+    def _scaled(self, name: str, gradient: Tensor, squares: dict[str, float]) -> Tensor:
         """kappa grad: as large as A on average, and for no sample more than three times that."""
-        size = self._size(name, seen)
+        size = self._size(name, squares)
         own = gradient.flatten(1).square().mean(1).sqrt()  # (B,)
         limit = (3 * size / own.clamp_min(1e-12)).clamp_max(1)
-        return self._size("", seen) / max(size, 1e-12) * over(limit, gradient) * gradient
+        return self._size("", squares) / max(size, 1e-12) * over(limit, gradient) * gradient
 
-    def _size(self, name: str, seen: dict[str, float]) -> float:
+    def _size(self, name: str, squares: dict[str, float]) -> float:
         """The rms of A (""), or of a reward's gradient, by which pushes are scaled."""
-        return math.sqrt(seen[name]) if self.config.weighting == "grad_norm" else self.balance.size(name)
+        return math.sqrt(squares[name]) if self.config.weighting == "grad_norm" else self.balance.size(name)
