@@ -592,7 +592,7 @@ def test_the_anchor_compares_noise_where_networks_predict_noise(tiny_sd_folder, 
     method = build(partial(build_face, tiny_sd_folder), reward_adaptive_kl="off", kl_beta=0.3)
     face = method.pipeline
     x_t = torch.randn(2, *face.latent_shape(face.resolution), generator=torch.Generator().manual_seed(0))
-    at = Points(x_t, x_t, torch.tensor([0.5, 0.99]), x_t, face.encode(TEXTS[:2]))
+    at = Points(x_t, x_t, torch.tensor([0.5, 0.99]), x_t, face.encode(TEXTS[:2]), torch.arange(2))
     now, anchor, nothing = method._now(at), method._anchor(at), torch.zeros(2)
     loss = method._loss(now, anchor, nothing, nothing, torch.zeros(2, 1, 2), None, 2)
     difference = (now.value - anchor.value).square().mean().item()

@@ -4,7 +4,7 @@ CRD, DiffusionNFT and AWM never differentiate a sampler; they regress at x_t = a
 (t, eps). All siblings of a prompt share each t, so that a group's statistics compare like with like.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -41,14 +41,21 @@ class Points:
     x_t: Tensor  # (B, C, h, w)
     t: Tensor  # (B,)
     target: Tensor  # (B, C, h, w) the flow eps - x_0
-    condition: Condition  # B
+    prompts: Condition  # P, of which each has many samples: SD3's takes 5 MB
+    group: Tensor  # (B,) which of these a sample was made for
 
     def __len__(self) -> int:
         return len(self.x_t)
 
     def __getitem__(self, items: Tensor) -> Self:
         items = items.to(self.x_t.device)
-        return Points(*(getattr(self, field.name)[items] for field in fields(self)))
+        columns = (self.x0, self.x_t, self.t, self.target)
+        return Points(*(column[items] for column in columns), self.prompts, self.group[items])
+
+    @property
+    def condition(self) -> Condition:
+        """One a sample (B)."""
+        return self.prompts[self.group]
 
 
 def draw_times(config: TimesConfig, grid: Tensor, keys: list[tuple[int, ...]]) -> Tensor:
@@ -72,5 +79,5 @@ def points(pipeline: Pipeline, rollout: Rollout, t: Tensor, number: int) -> Poin
     x0 = rollout.latents
     eps = noise.normal(keys, x0.shape[1:]).to(x0)
     t = t.to(x0.device)
-    condition = rollout.condition[rollout.group.to(x0.device)]
-    return Points(x0, pipeline.process.noised(x0, eps, t), t, eps - x0, condition)
+    group = rollout.group.to(x0.device)
+    return Points(x0, pipeline.process.noised(x0, eps, t), t, eps - x0, rollout.condition, group)
