@@ -246,6 +246,17 @@ def test_an_image_whose_gradient_is_not_finite_costs_no_other_its_own():
     assert gradient.tolist() == [0.0, 0.0, 0.25, 1.0]
 
 
+def test_one_pixel_whose_gradient_is_not_finite_takes_that_of_the_whole_image():
+    images = torch.ones(2, 3, 2, 2)
+    images[0, 0, 0, 0] = 0
+    images.requires_grad_()
+    scores, failed = with_gradient("root", Root(), images, ["p"] * 2, [{}] * 2, torch.zeros(2).long())
+    gradient = torch.autograd.grad(scores.sum(), images)[0]
+    assert failed == 0
+    assert gradient[0].abs().max() == 0
+    assert torch.equal(gradient[1], torch.full((3, 2, 2), 0.5))
+
+
 @pytest.mark.parametrize(("group", "failed"), [((0, 0, 1), 2), ((0, 0, 0), 2), ((0, 1, 1), 1)])
 def test_a_missing_score_counts_as_failed_where_siblings_have_one_or_where_it_was_raised_for(group, failed, caplog):
     scores, found, gradient = smooth(Root(limit=5), -1.0, 9.0, 4.0, group=group)

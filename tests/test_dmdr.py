@@ -1,5 +1,7 @@
 """DMDR's own parts: a teacher that walks back to the base, and times that start at high noise."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -87,6 +89,22 @@ def test_the_rewards_gradient_is_added_as_a_loss_of_its_own(tiny_folder):
     assert gap(difference, 0.5 * gradient) < 1e-6 + 1e-3 * gradient.abs().max().item()
     later = DMDR(DMDRConfig(real_guidance_scale=1.0, dynamic_steps=0, reward_start=1), face, student, rewarded.rewards)
     assert torch.equal(later._update(x, call)[0], plain._update(x, call)[0])
+
+
+class Gappy(Light):
+    """The same, without a number for the first of several."""
+
+    def with_gradient(self, images, prompts, metadata):
+        scores = super().with_gradient(images, prompts, metadata)
+        return scores if len(scores) == 1 else torch.cat([scores[:1] * torch.nan, scores[1:]])
+
+
+def test_a_missing_score_is_counted_once_however_many_passes_a_group_takes(tiny_folder):
+    face, student, method = built(tiny_folder, Gappy(), dynamic_steps=0, reward_start=0)
+    method.student = replace(student, batch_size=3)  # groups of four: three and one, in two passes
+    (record,) = list(Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-3), 1).run())
+    assert record.metrics["failed/light"] == 2  # one of each group
+    assert record.metrics["skipped_updates"] == 0
 
 
 def test_it_trains_and_goes_on_where_it_was(tiny_folder):

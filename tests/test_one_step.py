@@ -305,7 +305,7 @@ class Picky(Contrast):
 
 def test_pictures_without_a_score_cost_draft_no_more_than_themselves(tiny):
     reward = Picky()
-    method = build(tiny(), "draft", reward=reward)
+    method = build(tiny(), "draft", batch_size=9, reward=reward)
     (rollout,) = method.collect(0)
     images = method.pipeline.decode(method.rollouts.again(rollout, "default").detach())
     light, order = images.mean((1, 2, 3)).sort()
