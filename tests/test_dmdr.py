@@ -100,11 +100,10 @@ class Gappy(Light):
 
 
 def test_a_missing_score_is_counted_once_however_many_passes_a_group_takes(tiny_folder):
-    face, student, method = built(tiny_folder, Gappy(), dynamic_steps=0, reward_start=0)
+    _, student, method = built(tiny_folder, Gappy(), dynamic_steps=0, reward_start=0)
     method.student = replace(student, batch_size=3)  # groups of four: three and one, in two passes
     (record,) = list(Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-3), 1).run())
     assert record.metrics["failed/light"] == 2  # one of each group
-    assert record.metrics["skipped_updates"] == 0
 
 
 def test_it_trains_and_goes_on_where_it_was(tiny_folder):
