@@ -211,6 +211,7 @@ def test_what_any_process_finds_broken_all_count_once_and_remember_after_a_resum
     pair = [captioned(on_error="skip", rank=rank, num_processes=2, batch_size=2) for rank in range(2)]
     for step in range(6):
         together(pair, step)
+        assert pair[0].broken == pair[1].broken  # whoever came upon them
     assert [made.log()["skipped_pictures"] for made in pair] == [2, 2]
     again = [captioned(on_error="skip", rank=rank, num_processes=2, batch_size=2) for rank in range(2)]
     for made in again:
