@@ -271,3 +271,11 @@ def test_a_reward_that_raises_for_all_images_stops_the_run_but_not_for_one_alone
         smooth(Root(limit=5), 9.0, 9.0)
     scores, failed, gradient = smooth(Root(limit=5), 9.0)
     assert (listed(scores), failed, gradient.tolist()) == ([None], 1, [0.0])
+
+
+def test_scores_carry_no_graph():
+    images = torch.rand(2, 3, 2, 2, requires_grad=True)
+    reward = lambda images, prompts, metadata: images.mean((1, 2, 3))  # noqa: E731
+    scored = Composite({"a": (reward, 1.0)}).score(images, ["p"] * 2, [{}] * 2, torch.zeros(2).long())
+    assert not scored.total.requires_grad
+    assert not scored.raw["a"].requires_grad

@@ -24,7 +24,7 @@ from trimtab.methods.gndm import (
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines.loading import load
 from trimtab.process import RectifiedFlow, VariancePreserving
-from trimtab.rewards.composite import Composite
+from trimtab.rewards.composite import Composite, RewardFailed
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig
 from trimtab.student import FAKE, STUDENT, Student
@@ -370,6 +370,15 @@ def test_advantages_are_centred_in_groups_scaled_over_all_and_limited(tiny_folde
     assert found[8:16].tolist() == [0] * 8
     assert found[16].isnan()
     assert found[17:].isfinite().all()
+
+
+def test_a_rollout_of_which_no_two_siblings_have_a_score_stops_the_run(tiny_folder):
+    scores = torch.full((32,), NAN)
+    scores[::8] = 1.0
+    _, student, method = built(tiny_folder, lambda images, prompts, metadata: scores)
+    draw = student.draw(0, 0, 2)
+    with pytest.raises(RewardFailed, match="only 4 of 32 pictures were scored, no two of them of one prompt"):
+        method._advantage(draw, student.path(draw, 2)[-1])
 
 
 def test_a_watched_reward_asks_for_no_siblings(tiny_folder):
