@@ -63,6 +63,7 @@ VARIANTS = {  # name -> recipe and changes
         "drpo-micro-turbo",
         [GOLD, "method={name: dpo-one-step, num_positive: 2, num_negative: 2}"],
     ),
+    "DRaFT near, proxy": ("draft-micro-turbo", ["rollout.group_size=8", "rollout.noise_spread=0.15"]),
 }
 
 
