@@ -13,6 +13,7 @@ from PIL import Image
 
 from trimtab.captioned import Captioned, CaptionedConfig, Order
 from trimtab.errors import UserError
+from trimtab.processes import Processes
 from trimtab.worlds.pictures import load_pictures
 
 
@@ -42,7 +43,7 @@ def captioned(face, folder, tmp_path):
     def build(on_error="stop", seed=0, rank=0, num_processes=1, **config):
         settings = CaptionedConfig(**{"batch_size": 3, "num_workers": 0, **config})
         pictures = load_pictures(str(folder), on_error)
-        return Captioned(face, pictures, settings, 32, seed, tmp_path / "cache", rank, num_processes)
+        return Captioned(face, pictures, settings, 32, seed, tmp_path / "cache", Processes(rank, num_processes))
 
     return build
 
@@ -239,12 +240,12 @@ def together(pair, step):
 
     with ThreadPoolExecutor(2) as threads:
         for rank, made in enumerate(pair):
-            made.gather = gathering(rank)
+            made.processes = Processes(rank, 2, gathering(rank))
         list(threads.map(lambda made: made.collect(step), pair))
 
 
 def test_where_one_process_cannot_go_on_all_stop(captioned, folder):
     other = captioned(num_processes=2, batch_size=2, num_workers=0)
-    other.gather = lambda own: torch.cat([own, torch.tensor([1, 0])])
+    other.processes = Processes(0, 2, lambda own: torch.cat([own, torch.tensor([1, 0])]))
     with pytest.raises(UserError, match="another process found a picture"):
         other.collect(0)

@@ -27,6 +27,7 @@ from trimtab.methods.crd import (
     parse_schedule,
     unit_signal,
 )
+from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import RolloutConfig, Rollouts
 from trimtab.worlds.gaussians import Mixture
@@ -605,12 +606,12 @@ def test_a_process_divides_by_the_mean_of_all_lengths_and_counts_no_update_where
     rollout = rollout_of(method.pipeline)
     alone = sum(loss.value.item() for loss in method.losses(rollout))
     more = torch.tensor([3.0 * len(rollout)])  # another process has three times as many
-    method.rollouts = replace(method.rollouts, gather=lambda x: torch.cat([x, more]))
+    method.rollouts = replace(method.rollouts, processes=Processes(0, 2, lambda x: torch.cat([x, more])))
     assert sum(loss.value.item() for loss in method.losses(rollout)) == pytest.approx(alone / 2, rel=1e-4)
     nothing = rollout[torch.tensor([], dtype=torch.long)]
     assert not list(method.losses(nothing))
     assert method.updates == 3  # the other process had something
-    method.rollouts = replace(method.rollouts, gather=None)
+    method.rollouts = replace(method.rollouts, processes=Processes())
     assert not list(method.losses(nothing))
     assert method.updates == 3
 

@@ -24,6 +24,7 @@ from trimtab.methods.gndm import (
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines.loading import load
 from trimtab.process import RectifiedFlow, VariancePreserving
+from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite, RewardFailed
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig
@@ -305,7 +306,8 @@ def test_scores_are_centred_among_siblings_and_scaled_by_what_was_scored():
         [-1 / spread, 0, 1 / spread, 1 / spread, -1 / spread], rel=1e-3
     )
     # Another process' groups, at rest, make the deviation smaller and nothing else.
-    shared = standardised(raw, torch.arange(3).repeat_interleave(3), lambda x: torch.cat([x, torch.zeros(15)]))
+    both = Processes(0, 2, lambda x: torch.cat([x, torch.zeros(15)]))
+    shared = standardised(raw, torch.arange(3).repeat_interleave(3), both)
     assert shared[2].item() == pytest.approx(1 / (4 / 20) ** 0.5, rel=1e-3)
 
 

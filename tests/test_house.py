@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROWS = [  # top row first; a row imports only from rows above it, or from itself
     {"errors", "files", "explain", "config"},
     {"process", "prediction", "solvers", "groups", "matching", "noise"},
-    {"batch", "method", "optimizer", "cache"},
+    {"batch", "method", "optimizer", "cache", "processes"},
     {"roles"},
     {"pipelines", "worlds"},
     {"rewards"},

@@ -12,9 +12,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from trimtab.errors import UserError
-from trimtab.learner import Learner, _buckets, accelerator
+from trimtab.learner import Learner, _buckets
 from trimtab.method import Loss
 from trimtab.optimizer import OptimizerConfig, lr_factor
+from trimtab.processes import launched
 
 
 def line(seed):
@@ -340,7 +341,7 @@ def test_precision_and_accumulation_of_the_users_accelerate_config_change_nothin
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    found = accelerator()
+    found = launched()
     settings = found.mixed_precision, found.scaler
     trainer = Learner(Toy(terms), found, OptimizerConfig(learning_rate=0.01), 1)
     list(trainer.run())
@@ -353,4 +354,4 @@ def test_precision_and_accumulation_of_the_users_accelerate_config_change_nothin
 def test_a_launch_that_shares_the_model_out_is_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(UserError, match=f"asked for {name}, and here every process holds the whole model"):
-        accelerator()
+        launched()

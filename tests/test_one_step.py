@@ -17,6 +17,7 @@ from trimtab.methods.draft import DRaFT, DRaFTConfig
 from trimtab.methods.drpo import DrPO, DrPOConfig, drift
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines import loading
+from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig, Rollouts
@@ -287,7 +288,7 @@ def test_a_process_of_draft_divides_by_the_mean_of_all_lengths(tiny):
     (batch,) = method.collect(0)
     alone = sum(loss.value.item() for loss in method.losses(batch))
     more = torch.tensor([3.0 * len(batch)])  # another process has three times as many
-    method.rollouts = replace(method.rollouts, gather=lambda x: torch.cat([x, more]))
+    method.rollouts = replace(method.rollouts, processes=Processes(0, 2, lambda x: torch.cat([x, more])))
     assert sum(loss.value.item() for loss in method.losses(batch)) == pytest.approx(alone / 2, rel=1e-4)
 
 
@@ -364,8 +365,7 @@ def skip(rank: int, folder: str, model: str, variant: str) -> None:
 
     rollout = RolloutConfig(num_prompts=2, group_size=4, num_inference_steps=1)
     rewards = Composite({"mine": (reward, 1.0)})
-    gather = accelerator.gather
-    rollouts = Rollouts(face, PROMPTS[[0, 1]], rewards, rollout, face.resolution, 3, rank, 2, gather)
+    rollouts = Rollouts(face, PROMPTS[[0, 1]], rewards, rollout, face.resolution, 3, Processes.of(accelerator))
     config = DrPOConfig(variant=variant, num_positive=2, num_negative=2, num_rounds=3, features={"kind": "latents"})
     learner = Learner(DrPO(config, face, rollouts, 8), accelerator, OptimizerConfig(learning_rate=1e-2), 2)
     records = [record.metrics for record in learner.run()]

@@ -12,6 +12,7 @@ from trimtab import noise
 from trimtab.batch import Condition, Prompts
 from trimtab.prediction import Prediction
 from trimtab.process import RectifiedFlow
+from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite, RewardFailed
 from trimtab.rollout import RolloutConfig, Rollouts
 from trimtab.solvers import time_grid
@@ -59,7 +60,8 @@ def scores(*values):
 def make(reward=brightness, pipeline=None, prompts=PROMPTS, seed=7, rank=0, num_processes=1, gather=None, **config):
     config = RolloutConfig(**{"num_prompts": 2, "group_size": 3, "num_inference_steps": 2} | config)
     pipeline, rewards = pipeline or Toy(), Composite({"mine": (reward, 1.0)})
-    return Rollouts(pipeline, prompts, rewards, config, pipeline.resolution, seed, rank, num_processes, gather)
+    processes = Processes(rank, num_processes, gather)
+    return Rollouts(pipeline, prompts, rewards, config, pipeline.resolution, seed, processes)
 
 
 def collect(*args, step=0, **kwargs):

@@ -25,6 +25,7 @@ from trimtab import bench, checkpoint, inputs, run, wiring
 from trimtab.cli import main
 from trimtab.errors import UserError
 from trimtab.learner import Learner
+from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import Rollouts
 
@@ -423,7 +424,7 @@ def resume_apart(rank: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    processes = Accelerator(cpu=True)
+    processes = Processes.of(Accelerator(cpu=True))
     with pytest.raises(run.UserError, match=rf"/{rank} at steps 100, 0; .* that all machines share"):
         run._saved(Path(folder) / str(rank), processes)
     shared = run._saved(Path(folder) / "0", processes)

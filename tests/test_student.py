@@ -16,6 +16,7 @@ from trimtab.methods.dmdr import DMDR, DMDRConfig
 from trimtab.methods.gndm import GNDM, GNDMConfig
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines.loading import load
+from trimtab.processes import Processes
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig
 from trimtab.student import FAKE, STUDENT, Student, fake_time
@@ -43,7 +44,7 @@ def face(tiny_folder):
 
 def student(face, batch_size=8, rank=0, num_processes=1, **config):
     config = RolloutConfig(**{"num_prompts": 4, "group_size": 2, "num_inference_steps": 3} | config)
-    return Student(face, PROMPTS, config, face.resolution, batch_size, 7, rank, num_processes)
+    return Student(face, PROMPTS, config, face.resolution, batch_size, 7, Processes(rank, num_processes))
 
 
 def by_sample(draw, values):

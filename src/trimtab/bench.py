@@ -13,8 +13,8 @@ import torch
 
 from trimtab.errors import UserError
 from trimtab.inputs import PRETRAIN, check
-from trimtab.learner import accelerator
 from trimtab.pipelines import Pipeline
+from trimtab.processes import launched
 from trimtab.recipe import RunConfig
 from trimtab.roles import TRAINED
 from trimtab.wiring import Display, Run, build
@@ -30,7 +30,7 @@ def bench(config: RunConfig, display: Display, num_steps: int) -> list[tuple[str
         config = config.model_copy(update={"method": config.method.model_copy(update={"fake_warmup": 0})})
     inputs = check(config)
     with TemporaryDirectory() as folder:
-        run = build(config, Path(folder) / "run", accelerator(), inputs, display)
+        run = build(config, Path(folder) / "run", launched(), inputs, display)
         forward, both = _network_rates(run.pipeline, config.training.train_batch_size)
         for optimizer in run.learner.optimizers.values():
             optimizer.zero_grad()  # what was timed is no part of the first update

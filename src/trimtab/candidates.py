@@ -225,9 +225,7 @@ def successes_and_failures(
         reward, group = (torch.cat([getattr(each, name) for each in rounds]) for name in ("reward", "group"))
         seen = {g: reward[group == g] > threshold for g in waiting}
         waiting = [g for g in waiting if len(seen[g]) and _short(seen[g], num_each)]  # none scored: none will be
-    comparable(
-        torch.cat([each.reward for each in rounds]), torch.cat([each.group for each in rounds]), rollouts.everybody
-    )
+    comparable(reward, group, rollouts.processes)
     rollout = _joined(rounds, prompts, rollouts.pipeline)
     good = rollout.reward > threshold
     best, worst = torch.zeros_like(good), torch.zeros_like(good)

@@ -33,6 +33,7 @@ from trimtab.cache import Cache, Entry, fingerprint
 from trimtab.config import Strict
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
+from trimtab.processes import ALONE, Processes
 from trimtab.worlds.pictures import CURE, Pictures, Unusable
 
 logger = logging.getLogger(__name__)
@@ -185,14 +186,13 @@ class Reader:
     latents: Cache
     texts: Cache
     resolution: int
-    rank: int
-    num_processes: int
+    own: slice  # which of the pictures of a step this process reads
 
     def __getitem__(self, wanted: tuple[int, Sequence[Visit]]) -> Reading:
         """Pictures that are broken are replaced by spares, of which each process has its own, or end the reading."""
         step, shown = wanted
-        mine = shown[self.rank :: self.num_processes]
-        spares = itertools.islice(self.order.spares(step, shown), self.rank, None, self.num_processes)
+        mine = shown[self.own]
+        spares = itertools.islice(self.order.spares(step, shown), self.own.start, None, self.own.step)
         items: dict[int, Item] = {}
         broken: dict[int, str] = {}
         for visit in itertools.chain(mine, spares):
@@ -227,13 +227,11 @@ class Captioned:
         resolution: int,
         seed: int,
         cache_folder: Path,
-        rank: int = 0,
-        num_processes: int = 1,
-        gather: Callable[[Tensor], Tensor] | None = None,  # needed where there are several processes
+        processes: Processes = ALONE,
     ):
-        self.gather = gather
+        self.processes = processes
         self.pipeline, self.pictures, self.config, self.seed = pipeline, pictures, config, seed
-        self.order = Order(_numbered(pictures), config.batch_size * num_processes, seed)
+        self.order = Order(_numbered(pictures), config.batch_size * processes.number, seed)
         self.order.epoch(0)  # raises UserError where the captions don't suffice
         self.empty = pipeline.encode([""])  # the shape of a condition
         latents = texts = Cache(None, "", {})
@@ -243,7 +241,7 @@ class Captioned:
             latents = Cache(cache_folder / "latents", maker, dict.fromkeys(STATS, pipeline.latent_shape(resolution)))
             shapes = {name: tuple(x.shape[1:]) for name, x in _tensors(self.empty).items()}
             texts = Cache(cache_folder / "texts", encoders, shapes)
-        self.reader = Reader(pictures, self.order, latents, texts, resolution, rank, num_processes)
+        self.reader = Reader(pictures, self.order, latents, texts, resolution, processes.mine)
         self.broken: set[int] = set()  # pictures that proved so on the way, to any process
         self._ahead: Iterator[Reading] | None = None
         self._next = -1  # the step that `_ahead` has next
@@ -320,8 +318,8 @@ class Captioned:
 
     def _everybody(self, row: list[int]) -> Tensor:
         """The rows of all processes (N, the row's length), equally long."""
-        own = torch.tensor(row, dtype=torch.int64, device=self.pipeline.device)
-        return (own if self.gather is None else self.gather(own)).view(-1, len(row))
+        own = torch.tensor(row, dtype=torch.int64)
+        return self.processes.everybody(own).view(-1, len(row))
 
     def _posterior(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w)."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 
 from trimtab.batch import Prompts
 from trimtab.errors import UserError
-from trimtab.learner import check_one_process, num_processes
 from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, dpo_one_step, draft, drpo, gndm, pretrain, softrepa
 from trimtab.pipelines import features, loading
 from trimtab.pipelines.adapters import Adapters
+from trimtab.processes import check_one_process, num_processes
 from trimtab.recipe import RunConfig
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards import check as check_rewards

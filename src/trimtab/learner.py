@@ -9,28 +9,23 @@ to go on bit for bit.
 """
 
 import logging
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from trimtab.errors import UserError
 from trimtab.method import Method
 from trimtab.optimizer import OptimizerConfig, adamw, lr_factor, rate_of
 
 logger = logging.getLogger(__name__)
 
 BUCKET = 2**24  # elements: 64 MiB of float32
-SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # as accelerate launch says it
 
 
 @dataclass(frozen=True)
@@ -39,35 +34,6 @@ class Record:
 
     step: int
     metrics: dict[str, float]
-
-
-def accelerator() -> Accelerator:
-    """The processes that `accelerate launch` started: precision is the recipe's, and accumulation nobody's. UserError
-    where the user's `accelerate config` shares a model out. One process may evaluate for hours while others wait."""
-    for name in SHARDING:
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise UserError(
-                f"accelerate launch was asked for {name}, and here every process holds the whole model; give it "
-                "--multi_gpu, or choose neither DeepSpeed nor FSDP nor Megatron-LM in `accelerate config`."
-            )
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
-    )
-
-
-def num_processes() -> int:
-    """How many torchrun or accelerate launch started, as they say it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def check_one_process(what: str) -> None:
-    """UserError where several processes were started for what each of them would do whole."""
-    if num_processes() > 1:
-        raise UserError(
-            f"{what} is the work of one process, and {num_processes()} were started; run it without a launcher."
-        )
 
 
 class Learner:

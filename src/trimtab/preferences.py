@@ -14,7 +14,7 @@ from trimtab.config import load_yaml, validate
 from trimtab.errors import UserError
 from trimtab.files import atomic_write, check_folder
 from trimtab.inputs import ONE_STEP, ONLINE, check
-from trimtab.learner import accelerator, check_one_process
+from trimtab.processes import check_one_process, launched
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
 from trimtab.run import ABOUT
@@ -39,7 +39,7 @@ def write_pairs(
     output = output or folder / "pairs"
     check_folder(output)
     inputs = check(config)
-    run = build(config, folder, accelerator(), inputs, display)
+    run = build(config, folder, launched(), inputs, display)
     if saved is not None:
         run.learner.load_state(checkpoint.load(saved))
     lines: list[dict] = []

@@ -22,6 +22,7 @@ from trimtab.batch import Condition, Prompts, Rollout
 from trimtab.config import Strict
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
+from trimtab.processes import ALONE, Processes
 from trimtab.rewards.composite import Composite, RewardFailed, Scored
 from trimtab.solvers import few_step, ode
 
@@ -58,9 +59,7 @@ class Rollouts:
     config: RolloutConfig
     resolution: int
     seed: int
-    rank: int = 0
-    num_processes: int = 1
-    gather: Callable[[Tensor], Tensor] | None = None  # needed where there are several processes
+    processes: Processes = ALONE
 
     @torch.no_grad()
     def collect(
@@ -73,7 +72,7 @@ class Rollouts:
         sampled = time.perf_counter()
         scored = self.scores(drawn, images)
         seconds = {"seconds/sampling": sampled - started, "seconds/rewards": time.perf_counter() - sampled}
-        kept = comparable(scored.total, drawn.group, self.everybody)
+        kept = comparable(scored.total, drawn.group, self.processes)
         total = scored.total if combine is None else combine(scored, self.rewards, drawn.group)
         rollout = self.rewarded(drawn[kept], total[kept])
         log = self.log(scored, rollout) | {"reward": scored.total[kept].mean().item()}
@@ -144,7 +143,7 @@ class Rollouts:
 
     def prompts_of(self, step: int) -> Prompts:
         """This process' share of the prompts of a step."""
-        return share(self.prompts, self.config.num_prompts, step, self.seed, self.rank, self.num_processes)
+        return share(self.prompts, self.config.num_prompts, step, self.seed, self.processes)
 
     def _spread(self, reward: Tensor, group: Tensor) -> Tensor:
         """Standard deviation of the rewards: of each sample's siblings (B,), or over all processes, a scalar."""
@@ -152,22 +151,18 @@ class Rollouts:
             return groups.means(groups.centred(reward, group).square(), group).sqrt()
         if self.config.advantage_std == "pooled":
             reward = groups.centred(reward, group)
-        if self.gather is None:
+        if self.processes.number == 1:
             return reward.std(correction=0)
         # Processes gather equal shapes only, and each may have lost pictures or have a prompt less.
-        size = math.ceil(self.config.num_prompts / self.num_processes) * self.config.group_size
+        size = math.ceil(self.config.num_prompts / self.processes.number) * self.config.group_size
         padded = F.pad(reward, (0, size - len(reward)), value=math.nan)
-        everybody = self.everybody(padded)
+        everybody = self.processes.everybody(padded)
         return everybody[everybody.isfinite()].std(correction=0)
-
-    def everybody(self, x: Tensor) -> Tensor:
-        """x (N,) of all processes, on the CPU."""
-        return x if self.gather is None else self.gather(x.to(self.pipeline.device)).cpu()
 
     def mean_length(self, part: Rollout) -> float:
         """Samples in a part of a step's rollout: the mean over processes, by which each divides its sum, so that
         samples weigh the same wherever they are. All processes must ask."""
-        return self.everybody(torch.tensor([float(len(part))])).mean().item()
+        return self.processes.everybody(torch.tensor([float(len(part))])).mean().item()
 
     def log(self, scored: Scored, rollout: Rollout) -> dict[str, float]:
         """What there is to say of a rollout."""
@@ -184,13 +179,13 @@ class Rollouts:
         return log | {f"failed/{name}": float(count) for name, count in scored.failed.items()}
 
 
-def comparable(total: Tensor, group: Tensor, everybody: Callable[[Tensor], Tensor]) -> Tensor:
+def comparable(total: Tensor, group: Tensor, processes: Processes) -> Tensor:
     """Indices of the pictures that have a score and at least one scored sibling; RewardFailed, in every process, where
-    one of them is left without any. `everybody` gathers a tensor (N,) of each process."""
+    one of them is left without any."""
     scored = total.isfinite()
     siblings = torch.bincount(group, weights=scored.double())[group]
     kept = (scored & (siblings > 1)).nonzero().squeeze(1)
-    if not everybody(torch.tensor([float(len(kept))])).all():
+    if not processes.everybody(torch.tensor([float(len(kept))])).all():
         raise RewardFailed(
             f"only {int(scored.sum())} of {len(total)} pictures were scored, no two of them of one prompt"
             if not len(kept)
@@ -199,12 +194,12 @@ def comparable(total: Tensor, group: Tensor, everybody: Callable[[Tensor], Tenso
     return kept
 
 
-def share(prompts: Prompts, size: int, draw: int, seed: int, rank: int, num_processes: int) -> Prompts:
+def share(prompts: Prompts, size: int, draw: int, seed: int, processes: Processes) -> Prompts:
     """This process' share of the `draw`-th `size` prompts: each pass over a file is a new order, none comes twice."""
     size = min(size, len(prompts))
     epoch, place = divmod(draw, len(prompts) // size)
     order = torch.randperm(len(prompts), generator=noise.generator(seed, epoch, noise.ORDER)).tolist()
-    return prompts[order[place * size : (place + 1) * size][rank::num_processes]]
+    return prompts[order[place * size : (place + 1) * size][processes.mine]]
 
 
 def sample(

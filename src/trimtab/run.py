@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 
 from trimtab import checkpoint, evaluate
 from trimtab.config import RECIPES, dump, find_recipe, load_yaml, override, validate
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import as_umask, atomic_write, lock
 from trimtab.inputs import DISTILLATION, ONE_STEP, Inputs, check
-from trimtab.learner import Record, accelerator
+from trimtab.learner import Record
 from trimtab.log import MetricsLog, append
+from trimtab.processes import Processes, launched
 from trimtab.recipe import RunConfig
 from trimtab.report import write_report
 from trimtab.report.card import write_card
@@ -46,14 +46,14 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
     that does not exist starts. UserError before weights load for what can be known then; RunStopped for what can't."""
     folder = Path(config.output_dir) / config.name
     inputs = check(config)
-    processes = accelerator()
+    accelerator = launched()
     with ExitStack() as held:
-        if processes.is_main_process:
+        if accelerator.is_main_process:
             held.enter_context(lock(folder))
             _check_folder(config, inputs, folder, resume)
-        processes.wait_for_everyone()
-        saved = _saved(folder, processes) if resume else None
-        run = build(config, folder, processes, inputs, display)
+        accelerator.wait_for_everyone()
+        saved = _saved(folder, Processes.of(accelerator)) if resume else None
+        run = build(config, folder, accelerator, inputs, display)
         _describe(run, inputs, command)
         if saved is not None:
             run.learner.load_state(checkpoint.load(saved))
@@ -64,11 +64,11 @@ def train(config: RunConfig, display: Display, *, resume: bool = False, command:
     return folder
 
 
-def _saved(folder: Path, processes: Accelerator) -> Path | None:
+def _saved(folder: Path, processes: Processes) -> Path | None:
     """The checkpoint to go on with; UserError in every process where they do not all see the same one."""
     saved = checkpoint.latest(folder)
-    step = torch.tensor([0 if saved is None else checkpoint.step_of(saved)], device=processes.device)
-    steps = processes.gather(step).tolist()
+    step = torch.tensor([0 if saved is None else checkpoint.step_of(saved)])
+    steps = processes.everybody(step).tolist()
     if len(set(steps)) > 1:
         raise UserError(
             f"the processes see {folder} at steps {', '.join(map(str, steps))}; give output_dir=... on a file system "

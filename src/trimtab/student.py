@@ -28,6 +28,7 @@ from trimtab.method import Loss
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.process import NUM_TIMESTEPS, logit_normal
+from trimtab.processes import ALONE, Processes
 from trimtab.rewards.composite import with_gradient
 from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import RolloutConfig, share
@@ -135,9 +136,7 @@ class Student:
     resolution: int
     batch_size: int  # samples in one forward and backward
     seed: int
-    rank: int = 0
-    num_processes: int = 1
-    gather: Callable[[Tensor], Tensor] | None = None  # needed where there are several processes
+    processes: Processes = ALONE
 
     @property
     def num_steps(self) -> int:
@@ -150,8 +149,7 @@ class Student:
             self.config.num_prompts,
             step * draws_per_step + number,
             self.seed,
-            self.rank,
-            self.num_processes,
+            self.processes,
         )
         group = torch.arange(len(prompts)).repeat_interleave(self.config.group_size)
         sibling = torch.arange(self.config.group_size).repeat(len(prompts))
@@ -201,7 +199,7 @@ class Student:
     def log(self, step: int, config: StudentConfig, num_updates: int = 1) -> dict[str, float]:
         """How many pictures a step made: one rollout for `num_updates` updates of the student, and the fake's own."""
         batches = 1 + num_updates * config.fake_updates + (0 if step else config.fake_warmup)
-        size = len(range(self.rank, min(self.config.num_prompts, len(self.prompts)), self.num_processes))
+        size = len(range(min(self.config.num_prompts, len(self.prompts)))[self.processes.mine])
         return {"images": float(batches * size * self.config.group_size)}
 
     def fake_calls(self, step: int, numbers: Iterable[int], draws_per_step: int) -> Iterator[Call]:
@@ -304,8 +302,8 @@ class Student:
         if mode.endswith("stratified"):
             level = (torch.randperm(size, generator=noise.generator(*key, noise.ORDER)) + level) / size
         if mode.startswith("shared"):
-            return level[self.rank :: self.num_processes][draw.group]
-        return level.unflatten(0, (num_prompts, -1))[self.rank :: self.num_processes][draw.group, draw.sibling]
+            return level[self.processes.mine][draw.group]
+        return level.unflatten(0, (num_prompts, -1))[self.processes.mine][draw.group, draw.sibling]
 
     def times(self) -> Tensor:
         """When the student is called (K + 1,); the last is 0."""
@@ -314,10 +312,6 @@ class Student:
     def scheduler(self) -> SchedulerMixin:
         """With which stock diffusers samples the student."""
         return self.pipeline.student_scheduler(self.num_steps, self.resolution)
-
-    def everybody(self, x: Tensor) -> Tensor:
-        """x (N, ...) of all processes."""
-        return x if self.gather is None else self.gather(x.to(self.pipeline.device)).to(x.device)
 
     def _predict(self, condition: Condition) -> Callable[[Tensor, Tensor], Prediction]:
         return lambda x_t, t: self.pipeline.predict(x_t, t, condition, STUDENT)

@@ -12,6 +12,7 @@ from trimtab.inputs import CAPTIONED, DISTILLATION, ONE_STEP, ONLINE, PRETRAIN, 
 from trimtab.learner import Learner
 from trimtab.method import Method
 from trimtab.pipelines import Pipeline, loading
+from trimtab.processes import Processes
 from trimtab.recipe import RunConfig
 from trimtab.rewards.composite import Composite
 from trimtab.roles import TRAINED
@@ -118,9 +119,7 @@ def _student(config: RunConfig, accelerator: Accelerator, inputs: Inputs, pipeli
         config.model.resolution or pipeline.resolution,
         config.training.train_batch_size,
         config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.gather if accelerator.num_processes > 1 else None,
+        Processes.of(accelerator),
     )
 
 
@@ -132,9 +131,7 @@ def _rollouts(config: RunConfig, accelerator: Accelerator, inputs: Inputs, pipel
         config.rollout,
         config.model.resolution or pipeline.resolution,
         config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.gather if accelerator.num_processes > 1 else None,
+        Processes.of(accelerator),
     )
 
 
@@ -148,7 +145,5 @@ def _captioned(
         config.model.resolution or pipeline.resolution,
         config.seed,
         folder.parent / "cache",
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.gather if accelerator.num_processes > 1 else None,
+        Processes.of(accelerator),
     )

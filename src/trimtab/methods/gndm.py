@@ -32,7 +32,7 @@ few-step students.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from trimtab.matching import BinnedMean, Normaliser, normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.process import Process, over
+from trimtab.processes import ALONE, Processes
 from trimtab.rewards.composite import Composite, is_smooth
 from trimtab.rollout import ADVANTAGE_EPS, comparable
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Draw, Student, StudentConfig, TimeMode, fake_time
@@ -102,12 +103,12 @@ def score_direction(advantage: Tensor, ratio: Tensor, clip: float, z: Tensor) ->
     return over(weight, z) * z
 
 
-def standardised(raw: Tensor, group: Tensor, everybody: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+def standardised(raw: Tensor, group: Tensor, processes: Processes = ALONE) -> Tensor:
     """Eq. 4: R~ (B,) of one reward's scores (B,), NaN where there is none; s over the groups of all processes."""
     known = raw.isfinite()
     centred = torch.full_like(raw, torch.nan)
     centred[known] = groups.centred(raw[known], group[known])
-    shared = everybody(centred)
+    shared = processes.everybody(centred)
     return centred / (shared[shared.isfinite()].square().mean().sqrt() + ADVANTAGE_EPS)
 
 
@@ -241,12 +242,13 @@ class GNDM:
         yield from self.student.push_losses(call, partial(self._update, packs))
         sizes = torch.tensor([len(pack.n) for pack in packs])[:, None]
         rows = torch.tensor([list(pack.squares.values()) for pack in packs])
-        mean = self.student.everybody((rows * sizes).sum(0, keepdim=True) / sizes.sum()).mean(0)
+        everybody = self.student.processes.everybody
+        mean = everybody((rows * sizes).sum(0, keepdim=True) / sizes.sum()).mean(0)
         squares = dict(zip(packs[0].squares, mean.tolist(), strict=True))
         misfit = squares.pop("misfit")
         self.balance.observe({name: math.sqrt(square) for name, square in squares.items()}, misfit)
         n, t = (torch.cat(column) for column in zip(*((pack.n, pack.t) for pack in packs), strict=True))
-        self.bins.update(self.student.everybody(n), self.student.everybody(t))
+        self.bins.update(everybody(n), everybody(t))
 
     def after_step(self, step: int) -> dict[str, float]:
         self.log |= self.student.log(step, self.config, self.config.reuse)
@@ -271,7 +273,7 @@ class GNDM:
         images = torch.cat([self.pipeline.decode(part).cpu() for part in parts])
         scored = self.rewards.score(images, *draw.prompts.of(draw.group), draw.group)
         if self.black:
-            comparable(scored.total, draw.group, self.student.everybody)  # or RewardFailed, everywhere
+            comparable(scored.total, draw.group, self.student.processes)  # or RewardFailed, everywhere
         total = torch.where(scored.total.isnan(), torch.nan, 0.0)
         self.log |= {"reward": scored.total.nanmean().item()}
         for name, raw in scored.raw.items():
@@ -280,7 +282,7 @@ class GNDM:
                 self.log[f"{'rewards' if name in self.black else 'watched'}/{name}/mean"] = raw.nanmean().item()
             if name in self.black:
                 limit = self.config.max_advantage
-                score = standardised(raw, draw.group, self.student.everybody).clamp(-limit, limit)
+                score = standardised(raw, draw.group, self.student.processes).clamp(-limit, limit)
                 total += self.black[name] * score.nan_to_num(0.0)  # 0 where it does not apply
         return total
 
