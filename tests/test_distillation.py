@@ -22,7 +22,7 @@ from trimtab.prediction import Prediction
 from trimtab.process import RectifiedFlow
 from trimtab.rewards.composite import Composite
 from trimtab.roles import Roles
-from trimtab.rollout import RolloutConfig, sample
+from trimtab.rollout import RolloutConfig
 from trimtab.solvers import few_step, few_step_grid, time_grid
 from trimtab.student import FAKE, STUDENT, Student
 from trimtab.worlds.gaussians import Mixture
@@ -110,7 +110,8 @@ def samples(world, role, num_calls, stop=None):
     noises = torch.stack([normal([(9, call, i) for i in range(2048)], (2,)) for call in range(num_calls)])
     condition, times = world.encode(["0"] * 2048), world.few_step_grid(num_calls)
     times = times if stop is None else torch.cat([times[:stop], times[-1:]])
-    return sample(world, noises[0], times, condition, role, 1.0, later=noises[1 : len(times) - 1])
+    later = torch.cat([noises[1 : len(times) - 1], torch.zeros_like(noises[:1])])
+    return few_step(lambda x_t, t: world.predict(x_t, t, condition, role), noises[0], times, later)[-1]
 
 
 def energy_distance(x, y):

@@ -5,8 +5,8 @@ import torch
 from diffusers import FluxPipeline
 
 from trimtab.errors import UserError
+from trimtab.evaluate import sample
 from trimtab.pipelines import loading
-from trimtab.rollout import sample
 
 TEXTS = ["a photo of a red circle", "a photo of two stars"]
 
@@ -42,7 +42,7 @@ def test_latents_equal_those_of_stock_diffusers_at_any_size_and_guidance(
     expected = stock(TEXTS, latents=packed(start), output_type="latent", **how).images
     times = face.time_grid(5, resolution)
     assert gap(stock.scheduler.sigmas, times) < 1e-6
-    latents = sample(face, start, times, face.encode(TEXTS), "default", guidance_scale)
+    latents = sample(face, start[None], times, face.encode(TEXTS), "default", guidance_scale)
     assert gap(packed(latents), expected) < 1e-4 * expected.abs().max()
 
 
@@ -71,7 +71,7 @@ def test_without_that_input_guidance_is_the_usual_one(tiny_flux_folder, build_fa
     start = noise(2, *face.latent_shape(32))
     how = {"num_inference_steps": 3, "true_cfg_scale": 2.5, "negative_prompt": ["", ""], "height": 32, "width": 32}
     expected = stock(TEXTS, latents=packed(start), output_type="latent", **how).images
-    latents = sample(face, start, face.time_grid(3, 32), face.encode(TEXTS), "default", 2.5)
+    latents = sample(face, start[None], face.time_grid(3, 32), face.encode(TEXTS), "default", 2.5)
     assert gap(packed(latents), expected) < 1e-4 * expected.abs().max()
 
 

@@ -131,7 +131,7 @@ def test_a_students_lora_is_known_by_the_scheduler_beside_it(tmp_path, tiny_fold
 @pytest.mark.parametrize(
     ("name", "config", "refused"),
     [
-        ("PNDMScheduler", {"timestep_spacing": "leading", "steps_offset": 1}, True),
+        ("PNDMScheduler", {"timestep_spacing": "leading", "steps_offset": 1, "skip_prk_steps": True}, True),
         ("DDIMScheduler", {}, True),
         ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, False),  # as SD-Turbo and SDXL-Turbo have it
         ("LCMScheduler", {"original_inference_steps": 1000}, False),

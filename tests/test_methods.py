@@ -22,8 +22,8 @@ from trimtab.prediction import Prediction
 from trimtab.process import RectifiedFlow
 from trimtab.rewards.composite import Composite
 from trimtab.roles import Roles
-from trimtab.rollout import RolloutConfig, Rollouts, sample
-from trimtab.solvers import time_grid
+from trimtab.rollout import RolloutConfig, Rollouts
+from trimtab.solvers import ode, time_grid
 from trimtab.worlds.gaussians import Mixture
 
 ANGLES = torch.arange(4) * math.pi / 2
@@ -119,7 +119,8 @@ def measured(pipeline):
     names = [str(i % 4) for i in range(512)]
     start = normal([(1, i) for i in range(512)], (2,))
     with torch.no_grad():
-        x = sample(pipeline, start, pipeline.time_grid(10), pipeline.encode(names), "default", 1.0)
+        condition = pipeline.encode(names)
+        x = ode(lambda x_t, t: pipeline.predict(x_t, t, condition, "default"), start, pipeline.time_grid(10))
     turn = rotation(pipeline.encode(names).pooled @ ANGLES)
     modes = (turn[:, None] @ MODES.means[None, :, :, None])[..., 0]  # (B, K, 2)
     distance = (x[:, None] - modes).square().sum(2).min(1).values.mean().sqrt()

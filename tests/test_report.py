@@ -801,16 +801,23 @@ def test_numbers_are_written_for_readers():
 
 RECIPE = """
 method: {name: drpo}
-model: {pretrained_model_name_or_path: stabilityai/sd-turbo, adapters: [runs/tokens/export], finetune_type: lora}
+model:
+  pretrained_model_name_or_path: stabilityai/sd-turbo
+  adapters: [runs/tokens/export]
+  finetune_type: lora
+  resolution: 512
+rollout: {num_inference_steps: 1}
 """
 
 
 def test_the_card_of_an_export_names_its_model_and_says_how_to_sample_it_and_what_it_scores(run):
     (run / "config.yaml").write_text(RECIPE)
+    change_results(run, "trained", **sampled(4, 2.5, resolution=512))
     card = ModelCard.load(write_card(run))
     assert (card.data.base_model, card.data.library_name) == ("stabilityai/sd-turbo", "diffusers")
     assert "drpo" in card.data.tags
-    assert "trimtab sample stabilityai/sd-turbo --adapter runs/tokens/export --adapter . -p" in card.text
+    how = "--num-inference-steps 4 --guidance-scale 2.5 --resolution 512"
+    assert f"trimtab sample stabilityai/sd-turbo --adapter runs/tokens/export --adapter . {how} -p" in card.text
     assert "| overall | 0.30 (" in card.text
     assert "| | base | base-guided | trained | change |" in card.text
     assert "adapters: [runs/tokens/export]" in card.text  # the recipe
@@ -818,7 +825,7 @@ def test_the_card_of_an_export_names_its_model_and_says_how_to_sample_it_and_wha
 
 def test_the_card_of_full_weights_that_were_not_evaluated(tmp_path):
     write_metrics(tmp_path, training())
-    (tmp_path / "config.yaml").write_text(RECIPE.replace("lora}", "full}"))
+    (tmp_path / "config.yaml").write_text(RECIPE.replace("lora", "full"))
     card = ModelCard.load(write_card(tmp_path))
-    assert "trimtab sample . -p" in card.text
+    assert "trimtab sample . --num-inference-steps 1 --resolution 512 -p" in card.text
     assert "| |" not in card.text

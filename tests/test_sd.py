@@ -13,9 +13,9 @@ from diffusers import (
 )
 
 from trimtab.errors import UserError
+from trimtab.evaluate import sample
 from trimtab.pipelines import loading
 from trimtab.pipelines.sd import SD
-from trimtab.rollout import sample
 from trimtab.solvers import ode
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -126,7 +126,7 @@ def test_a_turbos_one_call_is_that_of_the_stock_pipeline(request, tmp_path, fami
     with torch.no_grad():
         theirs = stock("a star", latents=noise, **settings).images
         times, condition = face.time_grid(1), face.encode(["a star"])
-        ours = sample(face, noise, times, condition, "default", 1.0)
+        ours = sample(face, noise[None], times, condition, "default", 1.0)
         unscaled = ode(lambda x, t: face.predict(x, t, condition, "default"), noise, times)
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert (unscaled - theirs).abs().max() > 5e-4 * theirs.abs().max()  # Euler's 0.9977 of unit noise is not nothing

@@ -11,9 +11,10 @@ from PIL import Image
 
 from trimtab import inference
 from trimtab.batch import Prompts, Rollout
+from trimtab.evaluate import sample
 from trimtab.methods.crd import CRD, CRDConfig
 from trimtab.pipelines.sd3 import MAX_TEXT_TOKENS, WeightedAttention
-from trimtab.rollout import RolloutConfig, sample
+from trimtab.rollout import RolloutConfig
 
 TEXTS = ["a photo of a red circle", "a photo of two stars"]
 SEEDS = [3, 4]
@@ -131,7 +132,7 @@ def test_latents_equal_those_of_stock_diffusers_for_the_same_seeds(tiny, stock, 
     expected = stock(TEXTS, generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], **how).images
     start = torch.stack([noise(8, 8, 8, seed=seed) for seed in SEEDS])
     with torch.no_grad():
-        latents = sample(face, start, face.time_grid(7), face.encode(TEXTS), "default", guidance_scale)
+        latents = sample(face, start[None], face.time_grid(7), face.encode(TEXTS), "default", guidance_scale)
     assert gap(latents, expected) < 1e-4
 
 

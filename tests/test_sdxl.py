@@ -5,8 +5,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from trimtab.errors import UserError
+from trimtab.evaluate import sample
 from trimtab.pipelines import loading
-from trimtab.rollout import sample
 
 TEXTS = ["a photo of a red circle", "a photo of two stars"]
 
@@ -35,7 +35,7 @@ def test_latents_equal_those_of_stock_diffusers_and_its_euler_at_any_size(
     start = noise(2, *face.latent_shape(resolution))
     how = {"num_inference_steps": 8, "guidance_scale": guidance_scale, "height": resolution, "width": resolution}
     expected = stock(TEXTS, latents=start, output_type="latent", **how).images
-    latents = sample(face, start, face.time_grid(8), face.encode(TEXTS), "default", guidance_scale)
+    latents = sample(face, start[None], face.time_grid(8), face.encode(TEXTS), "default", guidance_scale)
     assert gap(latents, expected) < 1e-4 * expected.abs().max()
 
 
@@ -51,7 +51,7 @@ def test_a_last_call_in_the_first_row_itself_changes_nothing_as_in_stock_diffuse
     expected = stock(TEXTS[:1], latents=start, output_type="latent", num_inference_steps=num_steps, guidance_scale=1.0)
     times = face.time_grid(num_steps)
     assert face.process.timestep(times).tolist() == stock.scheduler.timesteps.tolist()
-    latents = sample(face, start, times, face.encode(TEXTS[:1]), "default", 1.0)
+    latents = sample(face, start[None], times, face.encode(TEXTS[:1]), "default", 1.0)
     assert gap(latents, expected.images) < 1e-4 * expected.images.abs().max()
 
 

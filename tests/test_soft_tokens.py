@@ -11,6 +11,7 @@ from torch import nn
 
 import trimtab
 from trimtab.errors import UserError
+from trimtab.evaluate import sample
 from trimtab.pipelines import loading, soft_tokens
 from trimtab.pipelines.soft_tokens import (
     NEGATIVE,
@@ -21,7 +22,6 @@ from trimtab.pipelines.soft_tokens import (
     TokenSettings,
 )
 from trimtab.pipelines.token_files import check_file, metadata, read_bank
-from trimtab.rollout import sample
 
 SETTINGS = TokenSettings(num_tokens=3, num_layers=2)
 TEXTS = ["a photo of a red circle", "a photo of two stars"]
@@ -303,7 +303,7 @@ def test_an_ordinary_pipeline_draws_with_the_tokens_what_the_face_draws_and_take
     drawn = pipe(TEXTS, **how).images
     assert gap(drawn, plain) > 2 / 255
     if face.NETWORK == "transformer":  # a UNet's published scheduler takes other steps than ours
-        own = face.decode(sample(face, model.x_t, face.time_grid(4), model.condition, "default", 2.0))
+        own = face.decode(sample(face, model.x_t[None], face.time_grid(4), model.condition, "default", 2.0))
         assert gap(drawn, own) < 1 / 255
     trimtab.unload_soft_tokens(pipe)
     trimtab.unload_soft_tokens(pipe)
@@ -344,7 +344,7 @@ def test_tokens_stack_with_a_lora(tiny_folder, tiny, tmp_path):
     trimtab.load_soft_tokens(pipe, tmp_path / "tokens")
     pipe.set_progress_bar_config(disable=True)
     images = pipe(TEXTS, latents=x_t, num_inference_steps=3, guidance_scale=1.0, output_type="pt").images
-    assert gap(images, face.decode(sample(face, x_t, face.time_grid(3), condition, "default", 1.0))) < 1 / 255
+    assert gap(images, face.decode(sample(face, x_t[None], face.time_grid(3), condition, "default", 1.0))) < 1 / 255
 
 
 def test_a_file_says_what_it_fits_and_comes_back_as_it_was(model, tmp_path):

@@ -15,8 +15,8 @@ from diffusers import (
 from peft import PeftModel
 
 from trimtab.errors import UserError
+from trimtab.evaluate import sample
 from trimtab.pipelines import loading, unet
-from trimtab.rollout import sample
 
 TEXTS = ["a photo of a red circle", "a photo of two stars"]
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -40,13 +40,11 @@ def shaken(roles, *names):
 
 @pytest.fixture(params=["sd", "sd21", "sdxl"], scope="module")
 def model(request, build_face):
-    """A folder, its face only to be read, and what builds another one and diffusers' own, which samples by DDIM."""
+    """A folder, its face only to be read, and what builds another one and diffusers' own."""
     folder = request.getfixturevalue(f"tiny_{request.param}_folder")
 
     def stock(folder=folder):
         pipe = DiffusionPipeline.from_pretrained(folder)
-        ends_clean = {"set_alpha_to_one": True} if request.param == "sdxl" else {}
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, **ends_clean)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -75,12 +73,25 @@ def stock_output(stock, x_t, rows, network=None):
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_sampling_equals_ddim_of_stock_diffusers_in_latents_and_pictures(model, guidance_scale):
+def test_sampling_equals_that_of_stock_diffusers_in_latents_and_pictures(model, guidance_scale):
     face, stock, start = model.read, model.stock(), noise(2, 4, 8, 8)
-    how = {"num_inference_steps": 10, "guidance_scale": guidance_scale, "eta": 0.0}
-    latents = sample(face, start, face.time_grid(10), face.encode(TEXTS), "default", guidance_scale)
+    how = {"num_inference_steps": 10, "guidance_scale": guidance_scale}
+    latents = sample(face, start[None], face.time_grid(10), face.encode(TEXTS), "default", guidance_scale)
     assert gap(latents, stock(TEXTS, latents=start, output_type="latent", **how).images) < 1e-4
     assert gap(face.decode(latents), stock(TEXTS, latents=start, output_type="pt", **how).images) < 1 / 255
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_pndm_is_followed_call_by_call(model, build_face, tmp_path, prediction_type, num_steps):
+    stock, start = model.stock(), noise(2, 4, 8, 8)
+    stock.scheduler = PNDMScheduler(**SD15, skip_prk_steps=True, prediction_type=prediction_type)
+    stock.save_pretrained(tmp_path)
+    face, how = build_face(tmp_path), {"num_inference_steps": num_steps, "guidance_scale": 2.0}
+    ours = sample(face, start[None], face.time_grid(num_steps), face.encode(TEXTS), "default", 2.0)
+    theirs = stock(TEXTS, latents=start, output_type="latent", **how).images
+    assert gap(ours, theirs) < 1e-4 * theirs.abs().max()
 
 
 @torch.no_grad()
@@ -91,9 +102,10 @@ def test_a_prediction_is_the_networks_own_and_knows_what_the_scheduler_derives(m
     output = stock_output(stock, x_t, torch.tensor([299, 899]))
     assert prediction.kind == {"epsilon": "eps", "v_prediction": "v"}[stock.scheduler.config.prediction_type]
     assert gap(prediction.value, output) < 1e-5
-    stock.scheduler.set_timesteps(10)
+    scheduler = DDIMScheduler.from_config(stock.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(10)
     for i, row in enumerate([299, 899]):
-        derived = stock.scheduler.step(output[i], row, x_t[i]).pred_original_sample
+        derived = scheduler.step(output[i], row, x_t[i]).pred_original_sample
         assert gap(prediction.x0[i], derived) < 1e-4 * derived.abs().max()
 
 
@@ -195,7 +207,7 @@ def test_an_exported_lora_paints_the_same_picture_in_stock_diffusers_in_peft_and
     face.export(tmp_path, "default")
 
     def picture(face, role="default"):
-        return face.decode(sample(face, start, face.time_grid(4), face.encode(TEXTS), role, 2.0))
+        return face.decode(sample(face, start[None], face.time_grid(4), face.encode(TEXTS), role, 2.0))
 
     expected = picture(face)
     assert gap(expected, picture(face, "ref")) > 8 / 255  # else a LoRA which is not there would go unseen
@@ -256,6 +268,7 @@ def test_the_grid_is_the_rows_that_the_scheduler_visits_and_where_it_ends(schedu
             {},
             "model 'mine' has a UniPCMultistepScheduler; give it one of DDIMScheduler, PNDM",
         ),
+        ("PNDMScheduler", {}, "has skip_prk_steps=False and trimtab needs True"),
         ("LCMScheduler", {}, "has original_inference_steps=50 and trimtab needs 1000"),
         (None, {}, "model 'mine' has a None; give it one of"),
         (
@@ -282,5 +295,5 @@ def test_a_scheduler_whose_times_are_unknown_is_refused(name, config, message):
 
 
 def test_keys_that_the_scheduler_does_not_read_are_none_of_our_business():
-    unet.UNet.check_scheduler("PNDMScheduler", {"use_karras_sigmas": True, "timestep_type": "continuous"}, "mine")
+    unet.UNet.check_scheduler("DDIMScheduler", {"use_karras_sigmas": True, "timestep_type": "continuous"}, "mine")
     unet.UNet.check_scheduler("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, "mine")

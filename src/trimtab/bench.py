@@ -31,9 +31,11 @@ def bench(config: RunConfig, display: Display, num_steps: int) -> list[tuple[str
     inputs = check(config)
     with TemporaryDirectory() as folder:
         run = build(config, Path(folder) / "run", launched(), inputs, display)
-        forward, both = _network_rates(run.pipeline, config.training.train_batch_size)
+        forward, both = _network_rates(run.pipeline, config)
         for optimizer in run.learner.optimizers.values():
             optimizer.zero_grad()  # what was timed is no part of the first update
+        if run.pipeline.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.pipeline.device)  # nor does it count as what a step takes
         spent = _time_calls(run.pipeline)
         totals = _totals(run, num_steps, spent)
     return [
@@ -77,9 +79,10 @@ def _step_rows(totals: dict[str, float], spent: dict[str, float], num_steps: int
     ]
 
 
-def _network_rates(pipeline: Pipeline, size: int) -> tuple[float, float]:
-    """Images per second of the trained role, without and with gradient."""
-    shape = pipeline.latent_shape(pipeline.resolution)
+def _network_rates(pipeline: Pipeline, config: RunConfig) -> tuple[float, float]:
+    """Images per second of the trained role, without and with gradient, as large and as many as it is trained on."""
+    size = config.training.train_batch_size
+    shape = pipeline.latent_shape(config.model.resolution or pipeline.resolution)
     x, t = torch.randn(size, *shape, device=pipeline.device), torch.full((size,), 0.5, device=pipeline.device)
     condition = pipeline.encode([""]).expand(size)
 

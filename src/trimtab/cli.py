@@ -87,7 +87,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="Score with this, too; repeatable.")] = None,
-    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    mixed_precision: Annotated[str | None, typer.Option(help="no or bf16; default: bf16 on a GPU, else no.")] = None,
     batch_size: BatchSize = None,
 ) -> None:
     """Score a model on a suite of prompts with fixed seeds; the same call gives the same numbers."""
@@ -120,7 +120,7 @@ def sample(
         int, typer.Option(min=0, max=2**62, help="Picture i starts from torch.Generator().manual_seed(seed + i).")
     ] = 0,
     resolution: Annotated[int | None, typer.Option(min=8)] = None,
-    mixed_precision: Annotated[str, typer.Option(help="no or bf16.")] = "no",
+    mixed_precision: Annotated[str | None, typer.Option(help="no or bf16; default: bf16 on a GPU, else no.")] = None,
     batch_size: BatchSize = None,
 ) -> None:
     """Draw pictures, the same as stock diffusers draws from the same seed."""

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from trimtab import noise
-from trimtab.batch import Prompts
+from trimtab.batch import Condition, Prompts
 from trimtab.files import atomic_write
 from trimtab.matching import denoising_error
 from trimtab.metrics.coverage import precision_recall
@@ -31,12 +31,13 @@ from trimtab.metrics.frechet import frechet_distance
 from trimtab.metrics.image_stats import image_statistics
 from trimtab.metrics.intervals import Interval, bootstrap, bootstrap_over_tags
 from trimtab.pipelines import Pipeline
+from trimtab.prediction import Prediction
 from trimtab.rewards import Reward
 from trimtab.rewards.detectors import read_blocks
 from trimtab.rewards.geneval import judge
 from trimtab.rewards.recognizer import RecognizerScore
 from trimtab.rewards.recognizer import load as load_recognizer
-from trimtab.rollout import sample
+from trimtab.solvers import few_step
 from trimtab.worlds import blocks
 
 logger = logging.getLogger(__name__)
@@ -145,11 +146,35 @@ def generate(
     for part in setting.parts(len(group), side):
         noises = _noises([seeds[i] for i in part], shape, num_calls if setting.few_step else 1).to(pipeline.device)
         own = pipeline.encode([prompts.text[g] for g in group[part]])
-        later = pipeline.between_calls(noises[1:]) if setting.few_step else None
-        made = sample(pipeline, noises[0], times, own, role, setting.guidance_scale, later=later)
+        made = sample(pipeline, noises, times, own, role, setting.guidance_scale, setting.few_step)
         latents[part], images[part] = made, pipeline.decode(made).cpu()
         progress(int(part[-1]) + 1, len(group))
     return images, latents
+
+
+def sample(
+    pipeline: Pipeline,
+    noises: Tensor,
+    times: Tensor,
+    condition: Condition,
+    role: str,
+    guidance_scale: float = 1.0,
+    as_student: bool = False,
+) -> Tensor:
+    """Clean latents (B, C, h, w) as stock diffusers makes them, one condition a sample.
+
+    `noises` (T, B, C, h, w) are one for each call of a student, at times (T + 1,); else there is one, where the solver
+    starts.
+    """
+
+    def predict(x_t: Tensor, t: Tensor) -> Prediction:
+        return pipeline.predict(x_t, t, condition, role, guidance_scale)
+
+    times = times.to(noises.device)
+    if not as_student:
+        return pipeline.solve(predict, noises[0], times)
+    later = torch.cat([pipeline.between_calls(noises[1:]), torch.zeros_like(noises[:1])])  # the last call adds none
+    return few_step(predict, noises[0], times, later)[-1]
 
 
 def _noises(seeds: list[int], shape: tuple[int, ...], number: int) -> Tensor:

@@ -33,7 +33,7 @@ def evaluate_model(
     *,
     rewards: Sequence[str] = (),
     num_inference_steps: int | None = None,
-    precision: str = "no",
+    precision: str | None = None,
     resolution: int | None = None,
     **how: Any,
 ) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def evaluate_model(
     check_folder(folder)
     prompts = load_prompts(suite, "test")
     about, hashes = {"model": model, "adapters": list(adapters)}, _hashes(suite, prompts, rewards)
+    precision = precision or _usual_precision()
     asked = {"suite": suite, "precision": precision, "resolution": resolution, **how}
     calls = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     _check_same(
@@ -108,12 +109,13 @@ def sample(
     display: Display,
     *,
     num_inference_steps: int | None = None,
-    precision: str = "no",
+    precision: str | None = None,
     resolution: int | None = None,
     **how: Any,
 ) -> list[Path]:
     """`trimtab sample`: the files written, one a picture, named by prompt and seed. None replaces another picture."""
     check_folder(folder)
+    precision = precision or _usual_precision()
     pipeline, role = _opened(model, adapters, precision, resolution)
     setting = _setting(pipeline, num_inference_steps, suite="", precision=precision, resolution=resolution, **how)
     number = setting.images_per_prompt
@@ -140,6 +142,11 @@ def _free(folder: Path, names: Sequence[tuple[int, str]], contents: Sequence[byt
         return all(not file.exists() or file.read_bytes() == data for file, data in files.items())
 
     return next(filter(fits, map(counted, itertools.count())))
+
+
+def _usual_precision() -> str:
+    """That of training: bf16 where there is a GPU that computes in it."""
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
 
 def _opened(model: str, adapters: Sequence[str], precision: str, resolution: int | None) -> tuple[Pipeline, str]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What a draw is for: the last number of its key, so that none repeats.
+# What a draw is for: a number of its key, so that no two draws of a run have the same.
 ROLLOUT, TIMES, TRAINING, ORDER, POSTERIOR, SPARES, CALL = range(7)
 CHAIN, FAKE, MATCHING, GAN, FEATURES, ANCHORS, SHARED = range(7, 14)
 

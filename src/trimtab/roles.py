@@ -198,11 +198,11 @@ class Roles:
         self.load_state_dict({role: state}, roles=[role])
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trade compute for memory in every trained role, by way of diffusers; UserError for other networks."""
+        """Trade compute for memory wherever a gradient may pass, by way of diffusers; UserError for other networks."""
         if not hasattr(self.network, "enable_gradient_checkpointing"):
             raise UserError(f"{type(self.network).__name__} has no gradient checkpointing; turn it off in the recipe.")
-        for role in self.trained:
-            self._doors[role].network.enable_gradient_checkpointing(gradient_checkpointing_func=self._checkpoint)
+        for network in {door.network for door in self._doors.values()}:  # `ref`, too: features are differentiated
+            network.enable_gradient_checkpointing(gradient_checkpointing_func=self._checkpoint)
 
     def _door_of_merged(self, role: str) -> "_Door":
         if role != self._merged or torch.is_grad_enabled():
@@ -250,7 +250,9 @@ class Roles:
     def _checkpoint(self, segment: Callable, *args) -> Any:
         """Gradient checkpointing whose recomputation runs with the role of the forward, whichever is active by then."""
         recompute = _Switch(self._active, self._active[:])
-        return checkpoint(segment, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), recompute))
+        return checkpoint(
+            segment, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), recompute)
+        )
 
 
 class _Switch:

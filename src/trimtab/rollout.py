@@ -18,13 +18,13 @@ from pydantic import Field
 from torch import Tensor
 
 from trimtab import groups, noise
-from trimtab.batch import Condition, Prompts, Rollout
+from trimtab.batch import Prompts, Rollout
 from trimtab.config import Strict
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.processes import ALONE, Processes
 from trimtab.rewards.composite import Composite, RewardFailed, Scored
-from trimtab.solvers import few_step, ode
+from trimtab.solvers import ode
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,11 @@ class Rollouts:
         """Clean latents (B, C, h, w) that a role makes of a rollout's noise, with gradient to its weights."""
         start, config = self.noises(rollout).to(self.pipeline.device), self.config
         own = rollout.condition[rollout.group.to(self.pipeline.device)]
-        return sample(self.pipeline, start, self.time_grid(), own, role, config.guidance_scale, config.solver_order)
+
+        def predict(x_t: Tensor, t: Tensor) -> Prediction:
+            return self.pipeline.predict(x_t, t, own, role, config.guidance_scale)
+
+        return ode(predict, self.pipeline.start(start), self.time_grid().to(start.device), config.solver_order)
 
     def noises(self, rollout: Rollout) -> Tensor:
         """What samples start from (B, C, h, w), on the CPU: siblings `noise_spread` from what they share."""
@@ -151,8 +155,6 @@ class Rollouts:
             return groups.means(groups.centred(reward, group).square(), group).sqrt()
         if self.config.advantage_std == "pooled":
             reward = groups.centred(reward, group)
-        if self.processes.number == 1:
-            return reward.std(correction=0)
         # Processes gather equal shapes only, and each may have lost pictures or have a prompt less.
         size = math.ceil(self.config.num_prompts / self.processes.number) * self.config.group_size
         padded = F.pad(reward, (0, size - len(reward)), value=math.nan)
@@ -200,27 +202,6 @@ def share(prompts: Prompts, size: int, draw: int, seed: int, processes: Processe
     epoch, place = divmod(draw, len(prompts) // size)
     order = torch.randperm(len(prompts), generator=noise.generator(seed, epoch, noise.ORDER)).tolist()
     return prompts[order[place * size : (place + 1) * size][processes.mine]]
-
-
-def sample(
-    pipeline: Pipeline,
-    start: Tensor,
-    times: Tensor,
-    condition: Condition,
-    role: str,
-    guidance_scale: float,
-    order: int = 1,
-    later: Tensor | None = None,
-) -> Tensor:
-    """Clean latents (B, C, h, w) from noise of that shape, one condition a sample: by the deterministic solver, or as a
-    few-step student makes them, with `later` (T - 1, B, C, h, w) as the noise between its calls."""
-
-    def predict(x_t: Tensor, t: Tensor) -> Prediction:
-        return pipeline.predict(x_t, t, condition, role, guidance_scale)
-
-    if later is None:
-        return ode(predict, pipeline.start(start), times.to(start.device), order)
-    return few_step(predict, start, times.to(start.device), torch.cat([later, torch.zeros_like(start)[None]]))[-1]
 
 
 def _distance(latents: Tensor, group: Tensor) -> float:

@@ -22,6 +22,12 @@ from trimtab.process import NUM_TIMESTEPS, Process, RectifiedFlow, over, shifted
 
 Predict = Callable[[Tensor, Tensor], Prediction]
 Dynamics = Literal["flow", "dance", "cps"]
+ADAMS_BASHFORTH = {  # number of outputs -> weight of each, the latest first
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 def time_grid(num_steps: int, shift: float = 1.0) -> Tensor:
@@ -89,6 +95,24 @@ def ode(predict: Predict, x: Tensor, times: Tensor, order: int = 1) -> Tensor:
         ahead = _extrapolated(now, previous, t_next) if extrapolates else now
         x = _stepped(ahead, t_next)  # (B, ...)
         previous = now
+    return x
+
+
+def plms(predict: Predict, x: Tensor, times: Tensor) -> Tensor:
+    """Follow the ODE by PNDM's linear multistep (arXiv 2202.09778, without its Runge-Kutta start), as Stable Diffusion
+    1.5 is sampled by its own scheduler: diffusers' PNDMScheduler with skip_prk_steps. Networks say much the same from
+    one step to the next, so a step takes the Adams-Bashforth mean of up to four outputs; the first is made twice, the
+    second time with the mean of what is said at its two ends. One network call more than there are steps.
+    """
+    x, times = _start(x, times)
+    said: list[Tensor] = []
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        now = predict(x, t)
+        said = [*said[-3:], widened(now.value)]
+        mean = sum(weight * value for weight, value in zip(ADAMS_BASHFORTH[len(said)], reversed(said), strict=True))
+        if i == 0 and len(times) > 2:
+            mean = (mean + widened(predict(_stepped(now, t_next), t_next).value)) / 2
+        x = _stepped(replace(now, value=mean), t_next)  # (B, ...)
     return x
 
 

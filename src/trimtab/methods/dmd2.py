@@ -22,7 +22,10 @@ Departures from the authors' code:
 
 1. `times` may be stratified over the batch, which is the default here and costs nothing; "independent" is the code's.
 2. The fake is trained on fresh samples after the student moved; the code reuses those of the student's own update.
-3. Clean predictions are taken in float32, the code's in float64; n is at least 1e-6.
+3. Clean predictions are taken in float32, the code's in float64, of networks that both compute in the run's precision;
+   the code's fake is float32 throughout. n is at least 1e-6.
+4. A LoRA goes on linear layers, and the fake has one, too. The code's also covers SDXL's convolutions, and its fake is
+   trained whole, as finetune_type=full does here.
 """
 
 from collections.abc import Iterator

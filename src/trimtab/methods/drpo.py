@@ -183,7 +183,7 @@ def moved(
     worse: Tensor,
     better_self: Tensor | None,
     worse_self: Tensor | None,
-    config: "DrPOConfig",
+    config: DrPOConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u + eta V (n, T, D), c (n, T, 1) and the raw field's size, of one prompt's features x (n, T, D) under one key.
 

@@ -65,9 +65,8 @@ class GNDMConfig(StudentConfig):
     num_bins: int = Field(10, gt=0)  # of normaliser=binned
     reuse: int = Field(1, gt=0)  # updates of the student on each rollout
     importance_clip: float | None = Field(0.2, gt=0, lt=1)  # None: no weights
-    weighting: Literal["gated", "fixed", "grad_norm"] = (
-        "gated"  # grad_norm: sizes matched in every forward, of what it holds, for ablation
-    )
+    # grad_norm: sizes are matched in every forward, of what it holds, for ablation
+    weighting: Literal["gated", "fixed", "grad_norm"] = "gated"
     reward_start: int = Field(0, ge=0)  # student updates without rewards: the cold start
     reward_ramp: int = Field(0, ge=0)  # updates over which rewards come in
     calibration: int = Field(20, gt=0)  # updates at the end of the cold start over which sizes are averaged
@@ -297,9 +296,8 @@ class GNDM:
         squares = {"misfit": relative.item(), "": move.square().mean().item()}
         push = over(self._importance(call, group), move) * move
         metrics = {"direction": r.abs().mean(), "misfit": n.mean()}
-        for name, (reward, weight) in (
-            self.smooth.items() if self.balance.calibrates or self.balance.rewards_count else ()
-        ):
+        asked = self.smooth if self.balance.calibrates or self.balance.rewards_count else {}
+        for name, (reward, weight) in asked.items():
             gradient, log = self.student.reward_gradient(name, reward, x, call)
             metrics |= log
             squares[name] = gradient.square().mean().item()

@@ -12,6 +12,7 @@ from trimtab.batch import Condition
 from trimtab.prediction import Prediction
 from trimtab.process import Process
 from trimtab.roles import Roles
+from trimtab.solvers import Predict
 
 
 class Pipeline(Protocol):
@@ -46,6 +47,9 @@ class Pipeline(Protocol):
 
     def start(self, noise: Tensor) -> Tensor:
         """What the stock pipeline's solver starts from (B, C, h, w), given standard normal noise."""
+
+    def solve(self, predict: Predict, noise: Tensor, times: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) as the stock pipeline's solver makes them of standard normal noise."""
 
     def between_calls(self, noise: Tensor) -> Tensor:
         """Noise (T, B, C, h, w) put in the order in which the stock pipeline draws what it adds between calls."""

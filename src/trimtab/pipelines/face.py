@@ -22,7 +22,7 @@ from trimtab.pipelines import few_step
 from trimtab.prediction import Kind, Prediction
 from trimtab.process import Process
 from trimtab.roles import Roles
-from trimtab.solvers import guided
+from trimtab.solvers import Predict, guided, ode
 
 PIXELS_AT_ONCE = {"cpu": 2**16}  # decoded; what then stays in the caches: twice as fast as 128 pictures at once
 
@@ -104,6 +104,10 @@ class Face:
         """What the stock pipeline's solver starts from (B, C, h, w), given standard normal noise."""
         return noise
 
+    def solve(self, predict: Predict, noise: Tensor, times: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) as the stock pipeline's solver makes them of standard normal noise."""
+        return ode(predict, self.start(noise), times)
+
     def between_calls(self, noise: Tensor) -> Tensor:
         """Noise (T, B, C, h, w) put in the order in which the stock pipeline draws what it adds between calls."""
         return noise
@@ -124,7 +128,7 @@ class Face:
         self.pipe.vae.enable_gradient_checkpointing()
 
     def embed(self, texts: Sequence[str]) -> Condition:
-        """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
+        """The condition of P prompts as the text encoders say it: not remembered, and with gradient if that is on."""
         raise NotImplementedError
 
     def _output(self, role: str, x_t: Tensor, t: Tensor, condition: Condition, *extra: Any) -> Tensor:
@@ -198,7 +202,7 @@ class Face:
         config.save_pretrained(folder)
 
     def _embedded(self, text: str) -> Condition:
-        """One prompt's condition. The last ones are remembered, away from the accelerator, which they would fill."""
+        """One prompt's condition. As many as fit are remembered, away from the accelerator, which they would fill."""
         if text not in self._memory:
             found = self.embed([text])
             self._memory[text] = found.to("cpu")

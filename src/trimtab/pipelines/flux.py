@@ -61,7 +61,6 @@ class Flux(Flow):
         return F.pixel_shuffle(grid, self.PACKED)
 
     def embed(self, texts: Sequence[str]) -> Condition:
-        """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
         tokens, pooled, _ = self.pipe.encode_prompt(
             list(texts), None, device=self.device, max_sequence_length=MAX_TEXT_TOKENS
         )

@@ -15,7 +15,6 @@ class SD(UNet):
     PIPELINE = StableDiffusionPipeline
 
     def embed(self, texts: Sequence[str]) -> Condition:
-        """The condition of P prompts, with gradient and without memory, for whoever trains the text encoder."""
         tokens, _ = self.pipe.encode_prompt(list(texts), self.device, 1, do_classifier_free_guidance=False)
         return Condition(tokens.float(), None)
 

@@ -60,7 +60,6 @@ class SD3(Flow):
         return few_step.flow_scheduler(num_calls, self.pipe.scheduler.config.shift)
 
     def embed(self, texts: Sequence[str]) -> Condition:
-        """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
         texts = list(texts)
         for_t5, num_t5 = (texts, MAX_TEXT_TOKENS) if self._weight is None else ([""] * len(texts), 1)
         tokens, _, pooled, _ = self.pipe.encode_prompt(

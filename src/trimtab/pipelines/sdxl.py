@@ -27,7 +27,6 @@ class SDXL(UNet):
             self.unconditional = Condition(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
 
     def embed(self, texts: Sequence[str]) -> Condition:
-        """The condition of P prompts, with gradient and without memory, for whoever trains the text encoders."""
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             list(texts), device=self.device, do_classifier_free_guidance=False
         )

@@ -126,7 +126,11 @@ class Injection:
         """Gradient checkpointing whose recomputation inserts what the forward did, whatever was called since."""
         call = self._call
         return checkpoint(
-            segment, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self._recalling(call))
+            segment,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), self._recalling(call)),
         )
 
     @contextmanager

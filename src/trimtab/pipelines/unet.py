@@ -1,7 +1,8 @@
 """What the UNets of Stable Diffusion share: where a LoRA goes, and a DDPM's table of noise with its times.
 
 A scheduler is asked for its table, for what the network predicts, and for the rows that it visits. The steps between
-them are those of `solvers`: along one list of rows DDIM and Euler are the same, and PNDM visits the second row twice.
+them are those of `solvers`: along one list of rows DDIM and Euler are the same, and PNDM is `plms`. The noise that
+ancestral Euler adds between calls is left out: of one call it is the same, and of several it is Euler.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from trimtab.pipelines.face import Face
 from trimtab.prediction import Kind
 from trimtab.process import NUM_TIMESTEPS, VariancePreserving
 from trimtab.roles import Roles
-from trimtab.solvers import vp_few_step_grid, vp_time_grid
+from trimtab.solvers import Predict, ode, plms, vp_few_step_grid, vp_time_grid
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v"}  # diffusers' word -> that of `Prediction`
@@ -33,6 +34,7 @@ UNDERSTOOD = {  # values of a scheduler's configuration; any other would move th
     "timestep_spacing": ("leading", "trailing"),
     "timestep_type": ("discrete",),
     "interpolation_type": ("linear",),
+    "skip_prk_steps": (True,),
     "use_karras_sigmas": (False, None),
     "use_exponential_sigmas": (False, None),
     "use_beta_sigmas": (False, None),
@@ -81,6 +83,11 @@ class UNet(Face):
         if not euler or scheduler.config.timestep_spacing != "trailing":
             return noise
         return noise * (1 - scheduler.alphas_cumprod[-1]).sqrt().item()
+
+    def solve(self, predict: Predict, noise: Tensor, times: Tensor) -> Tensor:
+        """PNDM's multistep where the model has it, else one step after the other."""
+        follow = plms if isinstance(self.pipe.scheduler, PNDMScheduler) else ode
+        return follow(predict, self.start(noise), times)
 
 
 def process(scheduler: Scheduler, device: torch.device) -> VariancePreserving:

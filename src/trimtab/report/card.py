@@ -27,15 +27,24 @@ def _lines(run: RunFolder) -> Iterator[str]:
     yield f"---\n{about.to_yaml()}\n---\n\n# {run.name}\n"
     yield f"`{base}`, post-trained by trimtab with `{method}`: {', '.join(facts(run))}.\n"
     if model["finetune_type"] == "full":
-        yield "```\ntrimtab sample . -p 'a prompt'\n```\n"
+        yield f"```\ntrimtab sample . {_how(run)}-p 'a prompt'\n```\n"
     else:
         words = [f"--adapter {each}" for each in (*merged, ".")]  # in the order in which they were trained
-        yield f"```\ntrimtab sample {base} {' '.join(words)} -p 'a prompt'\n```\n"
+        yield f"```\ntrimtab sample {base} {' '.join(words)} {_how(run)}-p 'a prompt'\n```\n"
     if run.evaluations:
         yield f"{sentence(run)}\n"
         yield from _table(columns(run), [*score_rows(run), *drift_rows(run)])
         yield "\nIn the heads w is the scale of guidance; 1 is off."
     yield f"\n## Recipe\n\n```yaml\n{run.config_text.strip()}\n```"
+
+
+def _how(run: RunFolder) -> str:
+    """Options with which `trimtab sample` draws as the run was evaluated or, where it was not, trained."""
+    calls = {"num_inference_steps": 1} if run.config["rollout"]["num_inference_steps"] == 1 else {}
+    told = run.subject.results if run.subject else {"resolution": run.config["model"]["resolution"]} | calls
+    usual = {"num_inference_steps": None, "guidance_scale": 1.0, "resolution": None}
+    asked = {name: told[name] for name, value in usual.items() if told.get(name) not in (None, value)}
+    return "".join(f"--{name.replace('_', '-')} {value:g} " for name, value in asked.items())
 
 
 def _table(heads: Sequence[Cell], rows: Sequence[Row]) -> Iterator[str]:
