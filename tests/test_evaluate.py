@@ -317,3 +317,12 @@ def test_the_look_is_that_of_all_pictures_however_many():
     images[64:] = 1.0
     found = evaluate._look(images, torch.zeros(70).long(), Prompts(("a cat",), ({},), (0,)))
     assert found["image_statistics"]["brightness"] == pytest.approx(6 / 70)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "precision"), [(True, True, "bf16"), (True, False, "no"), (False, True, "no")]
+)
+def test_a_gpu_draws_in_the_precision_of_training(monkeypatch, cuda, bf16, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    assert inference._usual_precision() == precision

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from trimtab import forward, noise
 from trimtab.batch import Condition, Prompts, Rollout
@@ -37,6 +38,13 @@ def test_siblings_share_their_times_and_prompts_do_not():
     assert torch.equal(times[1], times[3])
     assert (times[0] != times[1]).all()
     assert (times != times_of(rollout(step=1), TimesConfig(num_train_times=4), GRID)).all()
+
+
+@pytest.mark.parametrize("setting", [{"time_shift": 3.0}, {"min_time": 0.1}, {"max_time": 0.9}])
+def test_what_the_solvers_own_times_would_ignore_is_refused(setting):
+    TimesConfig(**setting)
+    with pytest.raises(ValidationError, match="time_sampling=grid takes the solver's own times; leave time_shift"):
+        TimesConfig(time_sampling="grid", **setting)
 
 
 def test_siblings_have_different_noise_at_every_time():

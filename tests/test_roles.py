@@ -413,6 +413,16 @@ def test_checkpointing_works_under_autocast():
     assert gap(*found) < 1e-6
 
 
+def test_the_frozen_copy_of_full_fine_tuning_is_checkpointed_for_whoever_differentiates_its_inputs():
+    roles = Roles(sd3(), lora=None)
+    roles.enable_gradient_checkpointing()
+    inputs = sd3_inputs() | {"hidden_states": sd3_inputs()["hidden_states"].requires_grad_()}
+    calls = []
+    roles.module(REFERENCE).transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    roles(REFERENCE, **inputs)[0].sum().backward()
+    assert len(calls) == 2  # forward, and again in backward
+
+
 def test_a_network_without_checkpointing_says_so():
     with pytest.raises(UserError, match="Sequential has no gradient checkpointing"):
         Roles(toy(), lora=TOY_LORA).enable_gradient_checkpointing()

@@ -628,6 +628,18 @@ def test_what_bench_times_is_no_part_of_the_first_update(recipe, monkeypatch, me
     assert not any(left)
 
 
+def test_bench_times_the_network_at_the_size_of_the_recipe(recipe, monkeypatch):
+    path = recipe(**METHODS["crd"])
+    config = run.load_config(path, ["model.resolution=32", "training.train_batch_size=3"])
+    seen = []
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    monkeypatch.setattr(bench, "_totals", lambda *_: defaultdict(lambda: 1.0))
+    monkeypatch.setattr(bench, "_rate", lambda call, size, device: seen.append((call(), size)) or 1.0)
+    bench.bench(config, Silent(), 1)
+    assert seen[0][0].shape[0] == seen[0][1] == 3
+    assert seen[0][0].shape[2:] == (4, 4)  # the auto-encoder makes 8 pixels one
+
+
 # Candidates as preferences
 
 
