@@ -59,7 +59,7 @@ def test_rules_that_judge_the_same_pictures_share_one_reading(monkeypatch):
     scored = built.score(picture, ["a red circle"] * 2, [GOOD] * 2, torch.tensor([0, 0]))
     assert readings == [2]
     # Softly a third: nothing else is there, as asked, and count and colour are wrong.
-    expected = {"geneval": 1 / 3, "geneval-strict": 0.0, "geneval-official": 0.0}
+    expected = {"geneval": 1 / 3, "geneval-strict": 0.0, "geneval-official": 0.0, "geneval-flow-grpo": 0.0}
     assert {name: raw.unique().item() for name, raw in scored.raw.items()} == pytest.approx(expected)
     built.score(picture.clone(), ["a red circle"] * 2, [GOOD] * 2, torch.tensor([0, 0]))
     assert readings == [2, 2]

@@ -35,7 +35,12 @@ class Reward(Protocol):
         """
 
 
-GENEVAL = {"geneval": "soft", "geneval-strict": "strict", "geneval-official": "official"}
+GENEVAL = {
+    "geneval": "soft",
+    "geneval-strict": "strict",
+    "geneval-official": "official",
+    "geneval-flow-grpo": "flow_grpo_soft",
+}
 BUILT_IN = (*GENEVAL, "recognizer")
 
 
