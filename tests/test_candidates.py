@@ -239,7 +239,8 @@ def test_a_prompt_that_cannot_be_scored_is_not_drawn_again(tiny):
     assert asked == [8, 4]
     assert len(batch.rollout.group.unique()) == 1
     assert batch.frac_skipped() == 0.5
-    assert log["images"] == 8
+    assert log["images"] == 12  # scored or not
+    assert log["failed/mine"] == 0
 
 
 def test_noise_of_pictures_belongs_to_them_whatever_is_beside_them(tiny, folder):

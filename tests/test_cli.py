@@ -672,6 +672,12 @@ def test_the_number_of_pictures_in_one_forward_may_be_given(cli, recipe, tiny_fo
         (["evaluate", "micro", "--output", "prompts.txt"], "prompts.txt is a file; give --output"),
         (["sample", "micro", "-p", "a", "--seed", str(2**64)], "--seed"),
         (["train", "crd-micro", f"seed={2**64}"], "seed"),
+        (["evaluate", "micro", "--resolution", "128", "--reward", "geneval"], "64 pixels and this model draws 128"),
+        (["train", "crd-micro", "model.resolution=128"], "64 pixels and this model draws 128"),
+        (
+            ["train", "drpo-micro-turbo", "method.name=dpo-one-step"],
+            "is a setting of drpo, and method.name is",
+        ),
         (["report", "nowhere"], "nowhere"),
         (["bench", "pretrain-micro"], "pre-training"),
         (["bench", "nothing"], "no recipe"),

@@ -281,6 +281,20 @@ def test_an_object_with_a_gradient_that_applies_to_none_of_the_prompts_may_say_s
     assert torch.autograd.grad(scores.nansum(), images)[0].abs().max() == 0
 
 
+def test_functions_of_one_file_share_what_it_loads_until_it_is_written_anew(reward):
+    source = """
+        LOADED = []
+        def one(images, prompts, metadata):
+            LOADED.append(1)
+            return [float(len(LOADED))] * 3
+        two = one
+    """
+    one = reward(source, "one")
+    assert one(IMAGES, PROMPTS, METADATA)[0] == 1
+    assert load("mine.py:two")(IMAGES, PROMPTS, METADATA)[0] == 2
+    assert reward(source, "two")(IMAGES, PROMPTS, METADATA)[0] == 1
+
+
 def test_a_file_that_exits_while_it_is_imported_is_named(reward):
     with pytest.raises(UserError, match=r"importing .* failed \(SystemExit: 7\)"):
         reward("import sys\nsys.exit(7)\n")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from trimtab.candidates import best_and_worst
@@ -286,3 +287,20 @@ def test_the_raw_field_comes_to_rest_where_the_normalised_one_runs_away(eight_mo
     assert 0.3 < x[:, 0].mean() < 3
     assert off_manifold(x) < 1
     assert aligned(eight_modes, lambda x: x[:, 0])[:, 0].mean() > 15
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_where_nothing_differs_nothing_moves(n):
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(n, -1)
+    assert field(x, x, x, worse_self=torch.eye(n, dtype=torch.bool))[0].abs().max() == 0
+    assert field(x, x, x)[0].abs().max() == 0
+
+
+def test_the_field_far_from_the_origin_is_the_one_near_it():
+    near, far = field(X, BETTER, WORSE)[0], field(X + 500, BETTER + 500, WORSE + 500)[0]
+    assert (far - near).abs().max() < 2e-2  # what float32 keeps of X there is 3e-5 of it
+
+
+def test_binary_needs_two_of_each_for_the_unit_is_their_distance():
+    with pytest.raises(ValidationError, match="give 2 or more of each"):
+        DrPOConfig(variant="binary", num_positive=1, num_negative=1)

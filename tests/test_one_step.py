@@ -161,6 +161,16 @@ def test_an_untrained_lora_is_the_reference(tiny):
     assert loss.metrics["drift/preference"] > 0
 
 
+def test_the_distance_that_is_logged_knows_nothing_of_what_fits_into_memory(tiny):
+    face, found = tiny(), []
+    for batch_size in (64, SIZE):
+        method = build(face, batch_size=batch_size, features={"kind": "latents"})
+        (batch,) = method.collect(0)
+        found.append(torch.stack([loss.metrics["distance"] for loss in method.losses(batch)]).mean().item())
+    assert found[0] > 1e-3
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 def test_reversed_ranks_turn_the_preference_around(tiny):
     face = tiny()
     forth = gradients(build(face, reference_weight=0.0, features={"kind": "latents"}))[1]

@@ -52,6 +52,24 @@ def test_comparisons_of_one_prompt_stand_together_and_a_picture_has_one_number(f
     assert len(pairs.sources) == 3
 
 
+def test_comparisons_that_reverse_each_other_teach_nothing_and_a_chain_stays(folder):
+    both = [line(), line(chosen="sub/b.png", rejected="a.png")]
+    with pytest.raises(UserError, match="holds no comparison that can be used"):
+        load_pairs(jsonl(folder, *both), "stop")
+    pairs = load_pairs(jsonl(folder, *both, line(rejected="c.png"), line(chosen="c.png", rejected="sub/b.png")), "stop")
+    named = lambda column: [pairs.sources[n][0].removeprefix(f"{folder}/") for n in column[0]]  # noqa: E731
+    assert named(pairs.chosen) == ["a.png", "c.png"]
+    assert named(pairs.rejected) == ["c.png", "sub/b.png"]
+
+
+def test_the_hash_of_pairs_tells_sides_and_not_folders(folder, tmp_path_factory):
+    hashes = [load_pairs(jsonl(folder, line(**change)), "stop").sha256() for change in ({}, {"prompt": "a dog"})]
+    hashes += [load_pairs(jsonl(folder, line(chosen="sub/b.png", rejected="a.png")), "stop").sha256()]
+    assert len(set(hashes)) == 3
+    elsewhere = folder.rename(tmp_path_factory.mktemp("other") / "place")
+    assert load_pairs(jsonl(elsewhere, line()), "stop").sha256() == hashes[0]
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [

@@ -667,6 +667,14 @@ def test_pairs_are_what_the_run_saw_and_train_offline(recipe, cli):
     path = recipe(name="again", method=offline, rewards={}, data=data, rollout=rollout)
     assert cli("train", path)[0] == 0
     assert len(metrics("runs/again")) == STEPS
+    code, _, err = cli("pairs", "runs/mine", "--step", 1, "--output", "pairs1")
+    assert (code, "pairs1 holds pairs.jsonl already" in err) == (2, True)
+    turned = Path("pairs1/pairs.jsonl").read_text().replace('"chosen"', '"x"').replace('"rejected"', '"chosen"')
+    Path("pairs1/pairs.jsonl").write_text(turned.replace('"x"', '"rejected"'))
+    code, _, err = cli("train", path, "--resume")
+    assert (code, "the pairs of pairs1/pairs.jsonl are no longer those" in err) == (2, True)
+    code, _, err = cli("train", path, "name=third", "rollout.group_size=1")
+    assert (code, "rollout.group_size is 1; give 2 or more" in err) == (2, True)
 
 
 def test_pairs_are_ranked_as_the_run_ranks_which_counts_several_rewards_in_units_of_siblings(recipe, cli):
@@ -717,6 +725,23 @@ def test_a_run_is_resumed_with_the_prompts_that_it_began_with(recipe, cli):
     assert "the prompts of prompts.txt are no longer those of the interrupted run" in err
     Path("prompts.txt").write_text("\n" + before)  # the same, one line further down
     assert cli("train", path, "--resume")[0] == 0
+
+
+def test_a_run_whose_folder_was_moved_is_resumed_there(recipe, cli):
+    path = recipe(training={"max_train_steps": 1})
+    assert cli("train", path)[0] == 0
+    Path("moved").mkdir()
+    Path("runs/mine").rename("moved/other")
+    before = len(metrics("moved/other"))
+    assert cli("train", path, "output_dir=moved", "name=other", "--resume")[0] == 0
+    assert len(metrics("moved/other")) == before
+    assert not Path("runs/mine").exists()
+
+
+def test_a_generator_of_one_call_is_not_evaluated_with_guidance(recipe, cli):
+    suite = {"suite": "prompts.txt", "images_per_prompt": 2, "base_guidance_scale": 2.0}
+    assert cli("train", recipe(**METHODS["drpo"], training={"max_train_steps": 1}, evaluation=suite))[0] == 0
+    assert {folder.name for folder in Path("runs/mine/evaluation").iterdir()} == {"base", "trained"}
 
 
 def test_whoever_may_read_the_folder_may_read_the_weights(recipe, cli):

@@ -7,6 +7,7 @@ waits for it, for the learner asks all processes before it averages.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -124,7 +125,7 @@ def in_units_of_siblings(scored: Scored, rewards: Composite, group: Tensor) -> T
     total = torch.where(scored.total.isnan(), torch.nan, 0.0)
     known = scored.total.isfinite()
     for name, weight in weights.items():
-        raw = scored.raw[name].float()
+        raw = scored.raw[name].double()
         fits = known & raw.isfinite()  # a reward that does not apply to a prompt is NaN for all its siblings
         own = groups.centred(raw[fits], group[fits])
         spread = groups.means(own.square(), group[fits]).sqrt().clamp_min(1e-6)
@@ -212,13 +213,17 @@ def successes_and_failures(
     """Candidates of a reward that says yes (above the threshold) or no, drawn in rounds of `group_size` until a prompt
     has `num_each` of both; a prompt that has not after `num_rounds` teaches nothing. The successes learn."""
     prompts = rollouts.prompts_of(step)
-    waiting, rounds = list(range(len(prompts))), []
+    waiting, rounds, log = list(range(len(prompts))), [], defaultdict(float)
     for number in range(num_rounds):
         if not waiting:
             break
         first = number * rollouts.config.group_size
         drawn, images = rollouts.draw(prompts[waiting], step, role, first)
-        total = rollouts.scores(drawn, images).total
+        scored = rollouts.scores(drawn, images)
+        log["images"] += len(images)
+        for name, count in scored.failed.items():
+            log[f"failed/{name}"] += count
+        total = scored.total
         known = total.isfinite().nonzero().squeeze(1)
         drawn = replace(drawn[known], reward=total[known].float(), group=torch.tensor(waiting)[drawn.group[known]])
         rounds.append(drawn)
@@ -235,11 +240,7 @@ def successes_and_failures(
         for marks, side in ((best, good), (worst, ~good)):
             marks[((rollout.group == g) & side).nonzero().squeeze(1)[:num_each]] = True
     rows = (best | worst).nonzero().squeeze(1)
-    log = {
-        "reward": rollout.reward.mean().item(),
-        "success_rate": good.float().mean().item(),
-        "images": float(sum(len(each) for each in rounds)),
-    }
+    log |= {"reward": rollout.reward.mean().item(), "success_rate": good.float().mean().item()}
     return _taught(rollout[rows], best[rows], best[rows], worst[rows]), log
 
 

@@ -218,7 +218,7 @@ def validate(model: type[ModelT], data: dict, where: str = "") -> ModelT:
     except ValidationError as error:
         data = json.loads(text)
         sentence = explain(model, data, error)
-        if "did you mean" in sentence:  # a name that only looks alike is no help with a key that belongs elsewhere
+        if "unknown key" in sentence:  # no help where a section's tag was changed, and the key belongs to another
             sentence = _of_another_choice(model, data) or sentence
         raise UserError(f"{where}: {sentence}" if where else sentence) from error
 

@@ -16,6 +16,7 @@ from trimtab.batch import Prompts
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import atomic_write, check_folder
 from trimtab.pipelines import Pipeline, loading
+from trimtab.rewards import BUILT_IN, check_side
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import TRAINED
@@ -50,6 +51,8 @@ def evaluate_model(
         folder, {name: x for name, x in (about | asked | calls).items() if name != "batch_size"}, rewards, hashes
     )
     extra = build_rewards(dict.fromkeys(rewards, 1.0), prompts).alone() if rewards else {}
+    if not set(BUILT_IN).isdisjoint(rewards):
+        check_side(rewards, resolution or loading.resolution(model))
     pipeline, role = _opened(model, adapters, precision, resolution)
     setting = _setting(pipeline, num_inference_steps, **asked)
     _check_same(folder, about | setting.described(), rewards, hashes)  # how many calls a student takes is known now
@@ -165,7 +168,7 @@ def _setting(pipeline: Pipeline, num_inference_steps: int | None, **how: Any) ->
     """A student is sampled as one, in the calls that it was made for, unless another number is asked for."""
     steps, made_for = num_inference_steps or pipeline.num_calls or evaluate.DEFAULT_STEPS, pipeline.num_calls
     if steps > 1 and isinstance(pipeline.pipe.scheduler, EulerAncestralDiscreteScheduler):
-        logger.warning("stock diffusers adds noise between the calls of this scheduler; here it is followed without any")
+        logger.warning("stock diffusers adds noise between this scheduler's calls; here it is followed without any")
     if made_for and (steps != made_for or how.get("guidance_scale", 1) != 1):
         logger.warning("this student was made for %d call(s) without guidance, and is asked for another way", made_for)
     return evaluate.Setting(num_inference_steps=steps, few_step=pipeline.is_student, **how)

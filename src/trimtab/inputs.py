@@ -10,6 +10,7 @@ from trimtab.pipelines import features, loading
 from trimtab.pipelines.adapters import Adapters
 from trimtab.processes import check_one_process, num_processes
 from trimtab.recipe import RunConfig
+from trimtab.rewards import BUILT_IN, check_side
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards import check as check_rewards
 from trimtab.rewards.composite import Composite
@@ -53,6 +54,11 @@ class Inputs:
     unseen: Prompts | None = None  # for pictures and evaluation; of the test split, where there is one
     adapters: Adapters = field(default_factory=Adapters)  # what changes the model before it is trained
 
+    def hashes(self) -> dict[str, str]:
+        """What is learnt from, each as one number, as `config.yaml` keeps it."""
+        read = {"prompts": self.prompts, "pairs": self.pairs}
+        return {f"{name}_sha256": each.sha256() for name, each in read.items() if each is not None}
+
 
 def check(config: RunConfig) -> Inputs:
     """Read what the recipe names and be certain of the model: all that can fail before weights load."""
@@ -86,6 +92,8 @@ def _check_model(config: RunConfig) -> Adapters:
         loading.check_many_steps(model, adapters, config.method.name)
     if config.method.name in CAPTIONED:
         loading.check_tokens(config.method.tokens, model)
+    if not set(BUILT_IN).isdisjoint(config.rewards):
+        check_side(config.rewards, config.model.resolution or loading.resolution(model))
     if isinstance(config.method, drpo.DrPOConfig):
         side = config.model.resolution or loading.resolution(model)
         features.check(config.method.features, loading.skeleton(model), side)
@@ -185,6 +193,8 @@ def _one_step_inputs(config: RunConfig) -> Inputs:
             "a generator of one call is sampled so; give evaluation.num_inference_steps=1 evaluation.guidance_scale=1."
         )
     if getattr(method, "variant", "online") == "offline":
+        if rollout.group_size < 2:
+            raise UserError("rollout.group_size is 1; give 2 or more: distances among candidates are the unit.")
         return _offline_inputs(config)
     inputs = _online_inputs(config)
     if isinstance(method, draft.DRaFTConfig):

@@ -31,6 +31,8 @@ def write_pairs(
     """
     check_one_process("trimtab pairs")  # else each would replace the file by its own share
     config, step, saved = _checked(folder, step)
+    if config.rollout.group_size < 2:
+        raise UserError(f"{folder} drew one candidate a prompt, and a preference is among two; there is none to write.")
     if 2 * num_pairs > config.rollout.group_size:
         raise UserError(
             f"{num_pairs} best and {num_pairs} worst of {config.rollout.group_size} candidates overlap; give "
@@ -38,6 +40,8 @@ def write_pairs(
         )
     output = output or folder / "pairs"
     check_folder(output)
+    if (output / "pairs.jsonl").exists():
+        raise UserError(f"{output} holds pairs.jsonl already, and nothing is replaced; give --output another folder.")
     inputs = check(config)
     run = build(config, folder, launched(), inputs, display)
     if saved is not None:

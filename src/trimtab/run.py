@@ -27,8 +27,9 @@ from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
 from trimtab.wiring import Display, Run, build
 
-ABOUT = ("command", "revision", "versions", "prompts_sha256")  # what config.yaml says beside the recipe
-MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result
+ABOUT = ("command", "revision", "versions", "prompts_sha256", "pairs_sha256")  # what config.yaml says beside the recipe
+MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result, and where the folder lies by now
+    "name", "output_dir",
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_prompts",
     "on_error", "num_workers", "cache",
 }  # fmt: skip
@@ -92,8 +93,7 @@ def _describe(run: Run, inputs: Inputs, command: str) -> None:
     file = run.folder / "config.yaml"
     if run.writes and not file.is_file():
         about = {"command": command, "revision": _revision(), "versions": evaluate.versions()}
-        about |= {} if inputs.prompts is None else {"prompts_sha256": inputs.prompts.sha256()}
-        atomic_write(file, dump(run.config) + yaml.safe_dump(about, sort_keys=False))
+        atomic_write(file, dump(run.config) + yaml.safe_dump(about | inputs.hashes(), sort_keys=False))
 
 
 def _check_unchanged(config: RunConfig, inputs: Inputs, file: Path) -> None:
@@ -110,12 +110,12 @@ def _check_unchanged(config: RunConfig, inputs: Inputs, file: Path) -> None:
             f"{file} has {key}={_flat(before).get(key)} and the resumed run was given {_flat(now).get(key)}; "
             "resume with the same configuration, or give the changed run another name=... ."
         )
-    prompts = None if inputs.prompts is None else inputs.prompts.sha256()
-    if written.get("prompts_sha256", prompts) != prompts:  # runs from before this was written down are believed
-        raise UserError(
-            f"the prompts of {config.data.pairs or config.data.prompts} are no longer those of the interrupted run; "
-            "put them back, or give the changed run another name=... ."
-        )
+    for key, number in inputs.hashes().items():
+        if written.get(key, number) != number:  # runs from before this was written down are believed
+            raise UserError(
+                f"the {key.removesuffix('_sha256')} of {config.data.pairs or config.data.prompts} are no longer those "
+                "of the interrupted run; put them back, or give the changed run another name=... ."
+            )
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _evaluate_base(run: Run) -> None:
         return
     setting = _setting(run)
     _evaluate(run, "base", REFERENCE, setting)
-    if config.base_guidance_scale is not None:
+    if config.base_guidance_scale is not None and run.config.method.name not in ONE_STEP:  # one call is not guided
         steps = config.base_num_inference_steps or setting.num_inference_steps
         best = {"guidance_scale": config.base_guidance_scale, "num_inference_steps": steps}
         _evaluate(run, "base-guided", REFERENCE, replace(setting, few_step=run.pipeline.is_student, **best))

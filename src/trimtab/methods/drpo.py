@@ -106,6 +106,8 @@ class DrPOConfig(FieldConfig):
             raise ValueError(
                 f"binary takes as many successes as failures, not {self.num_positive} and {self.num_negative}"
             )
+        if self.variant == "binary" and self.num_positive == 1:
+            raise ValueError("binary learns from its successes, whose distances are the unit; give 2 or more of each")
         return self
 
 
@@ -130,6 +132,9 @@ def drift(
         x, better, worse = (each.detach().float() for each in (x, better, worse))
         n, m, width = x.shape[1], worse.shape[1], x.shape[2]
         targets = torch.cat([x, worse, better], dim=1)  # (S, n + m + p, D)
+        directions = nn.functional.normalize(x, dim=2) @ nn.functional.normalize(targets, dim=2).mT
+        # The field knows no origin, but its sums do: far from it, their difference would be rounding, made unit size.
+        x, targets = x - x[:, :1], targets - x[:, :1]
         counts = (1.0, n), (config.negative_weight, m), (config.positive_weight, better.shape[1])
         weight = torch.cat([x.new_full((number,), value) for value, number in counts])
         distance = _distances(x, targets)  # (S, n, n + m + p)
@@ -143,7 +148,7 @@ def drift(
                 own[:, start : start + marks.shape[1]] = marks.to(own)
         normalised, raw = torch.zeros_like(x), torch.zeros_like(x)
         for temperature in config.temperatures:
-            logits = _logits(x, targets, distance / scale, temperature, config.kernel) - 100 / temperature * own
+            logits = _logits(directions, distance / scale, temperature, config.kernel) - 100 / temperature * own
             affinity = (logits.softmax(2) * logits.softmax(1)).clamp_min(FLOOR_AFFINITY).sqrt() * weight
             force, mass = _force(affinity, targets / unit, n + m)
             normalised += force / force.square().mean((1, 2), keepdim=True).clamp_min(FLOOR_RMS).sqrt()
@@ -159,13 +164,13 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     return squares.clamp_min(FLOOR_DISTANCE).sqrt().float()
 
 
-def _logits(x: Tensor, y: Tensor, relative: Tensor, temperature: float, kernel: Kernel) -> Tensor:
+def _logits(cosines: Tensor, relative: Tensor, temperature: float, kernel: Kernel) -> Tensor:
     """Eq. 3, (S, n, k)."""
     if kernel == "laplacian":
         return -relative / temperature
     if kernel == "rbf":
         return -(relative / temperature).square() / 2
-    return nn.functional.normalize(x, dim=2) @ nn.functional.normalize(y, dim=2).mT / temperature
+    return cosines / temperature
 
 
 def _force(affinity: Tensor, targets: Tensor, split: int) -> tuple[Tensor, Tensor]:
@@ -302,7 +307,6 @@ class DrPO:
         for key, x in found.items():
             weights = [1.0, config.reference_weight] if config.reference_weight else [1.0]
             keys = 1 if config.aggregate == "sum" else len(found)
-            spread = x.var(0, correction=0).mean().clamp_min(1e-12)
             goals[key] = [Goal(torch.zeros_like(x), torch.ones_like(x[..., :1]), w * share / keys) for w in weights]
             for group in pack.rollout.group.unique():
                 rows = ((pack.rollout.group == group) & pack.learns).nonzero().squeeze(1)
@@ -310,6 +314,7 @@ class DrPO:
                 sets = [(better[key][pack.better.of(group)], worse[key][pack.worse.of(group)], *masks)]
                 if config.reference_weight:
                     sets.append((before[key][rows], x[rows], None, torch.eye(len(rows), dtype=torch.bool)))
+                    spread = x[rows].var(0, correction=0).mean().clamp_min(1e-12)
                     log["distance"].append(((x[rows] - before[key][rows]).square().mean() / spread).sqrt())
                 for goal, name, each in zip(goals[key], ("preference", "reference"), sets, strict=False):
                     goal.target[rows], goal.unit[rows], size = moved(x[rows], *each, config)

@@ -1,5 +1,6 @@
 """The model card of an export: what it belongs to, how it was made, what it scores. The Hugging Face hub shows it."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def _lines(run: RunFolder) -> Iterator[str]:
     if model["finetune_type"] == "full":
         yield f"```\ntrimtab sample . {_how(run)}-p 'a prompt'\n```\n"
     else:
-        words = [f"--adapter {each}" for each in (*merged, ".")]  # in the order in which they were trained
-        yield f"```\ntrimtab sample {base} {' '.join(words)} {_how(run)}-p 'a prompt'\n```\n"
+        words = [f"--adapter {shlex.quote(each)}" for each in (*merged, ".")]  # in the order in which they were trained
+        yield f"```\ntrimtab sample {shlex.quote(base)} {' '.join(words)} {_how(run)}-p 'a prompt'\n```\n"
     if run.evaluations:
         yield f"{sentence(run)}\n"
         yield from _table(columns(run), [*score_rows(run), *drift_rows(run)])

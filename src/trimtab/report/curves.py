@@ -36,6 +36,11 @@ LINES = {  # key in metrics.jsonl -> (title, unit, what to look at)
         "factor",
         "Near its floor, rewards want more than the student may leave its teacher for.",
     ),
+    "distance": (
+        "How far candidates are from what the generator made before",
+        "root mean square, in units of their siblings' spread",
+        "DrPO's drift never ends by itself. Where this grows and a reward that is not trained on does not, stop.",
+    ),
     "diversity": (
         "Diversity among siblings, as latents",
         "distance of latents",

@@ -5,7 +5,7 @@ several of them and decides what a missing score means.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -59,6 +59,16 @@ def check(rewards: Composite, prompts: Prompts) -> None:
             _check_facts(name, prompts)
         if isinstance(reward, custom.ColumnsFunction):
             reward.check(prompts)
+
+
+def check_side(rewards: Iterable[str], side_px: int) -> None:
+    """UserError for one that reads blocks and would be shown pictures of another size than theirs."""
+    name = next((each for each in rewards if each in BUILT_IN), None)
+    if name and side_px != blocks.SIZE_PX:
+        raise UserError(
+            f"reward {name!r} reads pictures of {blocks.SIZE_PX} pixels and this model draws {side_px}; give "
+            "another resolution, or your own reward as path/to/file.py:function."
+        )
 
 
 class _Reader:

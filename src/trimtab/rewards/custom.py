@@ -20,6 +20,7 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -136,15 +137,17 @@ def _module(source: str, is_file: bool, reference: str) -> ModuleType:
     if is_file and not path.is_file():
         raise UserError(f"reward {reference!r}: there is no file {path}; give a path relative to {Path.cwd()}.")
     try:
-        return _executed(path) if is_file else importlib.import_module(source)
+        return _executed(path, path.stat().st_mtime_ns) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:  # the user's own code: anything may go wrong in it
         raise UserError(
             f"reward {reference!r}: importing {source} failed ({type(error).__name__}: {error})."
         ) from error
 
 
-def _executed(path: Path) -> ModuleType:
-    """Runs the file as a module. Its neighbours can be imported, but never hide an installed package."""
+@cache
+def _executed(path: Path, _written_ns: int) -> ModuleType:
+    """Runs the file as a module, once for all its functions: they share what it loads. Its neighbours can be imported,
+    but never hide an installed package."""
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(f"trimtab_reward_{path.stem}", path)

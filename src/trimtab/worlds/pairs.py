@@ -5,6 +5,7 @@ list of paths. Parquet as Pick-a-Pic has it: `caption`, `jpg_0` and `jpg_1` (enc
 the first is better, 0 where the second is, and 0.5 where neither, which teaches nothing and is left out.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -38,6 +39,12 @@ class Pairs:
     on_error: OnError = "stop"
     skipped: tuple[str, ...] = ()  # what was left out, and why
 
+    def sha256(self) -> str:
+        """Of the prompts and of which pictures are better and worse for each, by name, in whatever folder they lie."""
+        names = [os.path.basename(name) for name, _ in self.sources]
+        sides = [[[names[n] for n in side] for side in column] for column in (self.chosen, self.rejected)]
+        return hashlib.sha256(json.dumps([self.prompts.sha256(), sides]).encode()).hexdigest()
+
     def read(self, number: int, resolution: int) -> Tensor:
         """A picture (3, H, W), uint8 RGB, square, `resolution` pixels a side; Unusable if it is broken or gone."""
         name, content = self.sources[number]
@@ -59,7 +66,7 @@ def load_pairs(source: str, on_error: OnError) -> Pairs:
         raise UserError(f"there is no file {source!r} of pairs; `trimtab pairs RUN` writes one.")
     if path.suffix not in readers:
         raise UserError(f"pairs {source!r} are no .jsonl or .parquet file; `trimtab pairs RUN` writes one.")
-    found: dict[str, tuple[list[Source], list[Source]]] = {}
+    comparisons: dict[str, list[tuple[list[Source], list[Source]]]] = {}
     skipped = []
     for line in readers[path.suffix](path):
         try:
@@ -69,15 +76,24 @@ def load_pairs(source: str, on_error: OnError) -> Pairs:
                 raise UserError(f"{error}; {CURE}") from error
             skipped.append(str(error))
             continue
-        sides = found.setdefault(text, ([], []))
-        sides[0].extend(chosen)
-        sides[1].extend(rejected)
+        comparisons.setdefault(text, []).append((chosen, rejected))
+    found = {text: _agreeing(each) for text, each in comparisons.items()}
     found = {text: sides for text, sides in found.items() if sides[0]}  # a draw has no side
     if not found:
         raise UserError(f"{path} holds no comparison that can be used{f' ({skipped[0]})' if skipped else ''}.")
     if skipped:
         logger.warning("%d comparisons in %s are left out: %s", len(skipped), path, some(skipped))
     return _numbered(found, on_error, tuple(skipped))
+
+
+def _agreeing(comparisons: list[tuple[list[Source], list[Source]]]) -> tuple[list[Source], list[Source]]:
+    """Both sides of a prompt, without comparisons that another one reverses: to and fro is no direction."""
+    said = {(a, b) for chosen, rejected in comparisons for a, _ in chosen for b, _ in rejected}
+    sides: tuple[list[Source], list[Source]] = ([], [])
+    for chosen, rejected in comparisons:
+        sides[0].extend(a for a in chosen if any((b, a[0]) not in said for b, _ in rejected))
+        sides[1].extend(b for b in rejected if any((b[0], a) not in said for a, _ in chosen))
+    return sides
 
 
 def _numbered(
