@@ -243,6 +243,18 @@ def test_a_prompt_that_cannot_be_scored_is_not_drawn_again(tiny):
     assert log["failed/mine"] == 0
 
 
+def test_pictures_whose_reward_fails_are_counted_in_every_round(tiny):
+    def reward(images, prompts, metadata):
+        if bad in prompts:
+            raise ValueError("not this one")
+        return torch.ones(len(images))  # and so there is a second round
+
+    made = rollouts(tiny(), lambda *args: reward(*args), num_prompts=2)
+    bad = made.prompts_of(0).text[0]
+    _, log = successes_and_failures(made, 0, "default", 0.5, 2, 2)
+    assert (log["images"], log["failed/mine"]) == (12, 4)
+
+
 def test_noise_of_pictures_belongs_to_them_whatever_is_beside_them(tiny, folder):
     made = offline(tiny(), folder)
     batch, _ = made.collect(0, "default")

@@ -241,7 +241,7 @@ def successes_and_failures(
             marks[((rollout.group == g) & side).nonzero().squeeze(1)[:num_each]] = True
     rows = (best | worst).nonzero().squeeze(1)
     log |= {"reward": rollout.reward.mean().item(), "success_rate": good.float().mean().item()}
-    return _taught(rollout[rows], best[rows], best[rows], worst[rows]), log
+    return _taught(rollout[rows], best[rows], best[rows], worst[rows]), dict(log)
 
 
 def _short(good: Tensor, num_each: int) -> bool:
