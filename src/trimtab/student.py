@@ -144,13 +144,8 @@ class Student:
 
     def draw(self, step: int, number: int, draws_per_step: int) -> Draw:
         """The samples of the `number`-th batch of a step: this process' share of its prompts, `group_size` of each."""
-        prompts = share(
-            self.prompts,
-            self.config.num_prompts,
-            step * draws_per_step + number,
-            self.seed,
-            self.processes,
-        )
+        place = step * draws_per_step + number
+        prompts = share(self.prompts, self.config.num_prompts, place, self.seed, self.processes)
         group = torch.arange(len(prompts)).repeat_interleave(self.config.group_size)
         sibling = torch.arange(self.config.group_size).repeat(len(prompts))
         condition = self.pipeline.encode(prompts.text)
