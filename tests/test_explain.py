@@ -149,7 +149,12 @@ def refusal(**data):
         ({"rollout": {"seed": 4}}, "unknown key rollout.seed (given 4); did you mean seed?"),
         ({"rolout": {"seed": 4}}, 'unknown key rolout (given {"seed": 4}); did you mean rollout?'),
         ({"method": {"name": "drpo", "taw": 1}}, "unknown key method.taw (given 1); did you mean method.tau?"),
-        ({"method": {"name": "drpo", "beta": 1}}, "unknown key method.beta (given 1); expected one of name, tau"),
+        ({"method": {"name": "drpo", "alpha": 1}}, "unknown key method.alpha (given 1); expected one of name, tau"),
+        (
+            {"method": {"name": "drpo", "beta": 1}},
+            "method.beta is a setting of crd, and method.name is drpo; leave it out, or give the section whole, as "
+            "method='{name: drpo}'",
+        ),
         (
             {"judges": [{"reward": "ocr", "inner": {"reward": "a", "rewad": 1}}]},
             "unknown key judges.0.inner.rewad (given 1); did you mean judges.0.inner.reward?",
