@@ -323,9 +323,11 @@ def main() -> None:
     else:
         with Terminal() as given.display:
             rows = compare(given)
-        text = table(rows)
-        about = {"steps": given.steps, "num_pictures": given.num_pictures, "seeds": given.seeds}
-        (RESULTS / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+        file, about = RESULTS / f"{name}.json", {"steps": given.steps, "num_pictures": given.num_pictures}
+        before = json.loads(file.read_text()) if file.is_file() else about | {"rows": {}}
+        kept = before["rows"] if about.items() <= before.items() else {}  # other variants of the same size
+        text = table(kept | rows)
+        file.write_text(json.dumps(about | {"rows": kept | rows}, indent=1))
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
 

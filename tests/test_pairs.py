@@ -54,7 +54,7 @@ def test_comparisons_of_one_prompt_stand_together_and_a_picture_has_one_number(f
 
 def test_comparisons_that_reverse_each_other_teach_nothing_and_a_chain_stays(folder):
     both = [line(), line(chosen="sub/b.png", rejected="a.png")]
-    with pytest.raises(UserError, match="holds no comparison that can be used"):
+    with pytest.raises(UserError, match=r"that can be used .'a cat' has comparisons that reverse"):
         load_pairs(jsonl(folder, *both), "stop")
     pairs = load_pairs(jsonl(folder, *both, line(rejected="c.png"), line(chosen="c.png", rejected="sub/b.png")), "stop")
     named = lambda column: [pairs.sources[n][0].removeprefix(f"{folder}/") for n in column[0]]  # noqa: E731
@@ -66,6 +66,9 @@ def test_the_hash_of_pairs_tells_sides_and_not_folders(folder, tmp_path_factory)
     hashes = [load_pairs(jsonl(folder, line(**change)), "stop").sha256() for change in ({}, {"prompt": "a dog"})]
     hashes += [load_pairs(jsonl(folder, line(chosen="sub/b.png", rejected="a.png")), "stop").sha256()]
     assert len(set(hashes)) == 3
+    (folder / "b.png").write_bytes(picture("blue"))  # of one name in two folders
+    same = [line(chosen="b.png"), line(chosen="sub/b.png", rejected="b.png")]
+    assert len({load_pairs(jsonl(folder, each), "stop").sha256() for each in same}) == 2
     elsewhere = folder.rename(tmp_path_factory.mktemp("other") / "place")
     assert load_pairs(jsonl(elsewhere, line()), "stop").sha256() == hashes[0]
 

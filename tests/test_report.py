@@ -812,11 +812,11 @@ rollout: {num_inference_steps: 1}
 
 def test_the_card_of_an_export_names_its_model_and_says_how_to_sample_it_and_what_it_scores(run):
     (run / "config.yaml").write_text(RECIPE)
-    change_results(run, "trained", **sampled(4, 2.5, resolution=512))
+    change_results(run, "trained", **sampled(4, 2.5, resolution=512, precision="bf16"))
     card = ModelCard.load(write_card(run))
     assert (card.data.base_model, card.data.library_name) == ("stabilityai/sd-turbo", "diffusers")
     assert "drpo" in card.data.tags
-    how = "--num-inference-steps 4 --guidance-scale 2.5 --resolution 512"
+    how = "--num-inference-steps 4 --guidance-scale 2.5 --resolution 512 --mixed-precision bf16"
     assert f"trimtab sample stabilityai/sd-turbo --adapter runs/tokens/export --adapter . {how} -p" in card.text
     assert "| overall | 0.30 (" in card.text
     assert "| | base | base-guided | trained (" in card.text

@@ -31,7 +31,9 @@ class TimesConfig(Strict):
         if self.min_time >= self.max_time:
             raise ValueError(f"min_time {self.min_time} is not below max_time {self.max_time}")
         if self.time_sampling == "grid" and (self.time_shift, self.min_time, self.max_time) != (1, 0, 1):
-            raise ValueError("time_sampling=grid takes the solver's own times; leave time_shift, min_time and max_time")
+            raise ValueError(
+                "time_sampling=grid takes the solver's own times; leave time_shift, min_time and max_time at 1, 0 and 1"
+            )
         return self
 
 

@@ -83,8 +83,8 @@ def _check_same(folder: Path, asked: Mapping[str, Any], rewards: Sequence[str], 
     for name, value in asked.items():
         if found.get(name) != value:
             raise UserError(
-                f"{folder} holds an evaluation with {name}={found.get(name)!r}, and this one has {value!r}; give "
-                "--output another folder."
+                f"{folder} holds an evaluation with {name}={found.get(name)!r}, and this one has {value!r}; ask "
+                "for the same, or give --output another folder."
             )
     known = found.get("sha256") or {}  # older evaluations have none
     changed = [name for name, value in hashes.items() if known.get(name, value) != value]
@@ -149,7 +149,7 @@ def _free(folder: Path, names: Sequence[tuple[int, str]], contents: Sequence[byt
 
 
 def _usual_precision() -> str:
-    """That of training: bf16 where there is a GPU that computes in it."""
+    """bf16 where there is a GPU that computes in it, as training has it there; float32 on a CPU."""
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
 

@@ -28,8 +28,8 @@ from trimtab.roles import REFERENCE
 from trimtab.wiring import Display, Run, build
 
 ABOUT = ("command", "revision", "versions", "prompts_sha256", "pairs_sha256")  # what config.yaml says beside the recipe
-MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result, and where the folder lies by now
-    "name", "output_dir",
+PLACE = ("name", "output_dir")  # a folder may have been moved
+MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_prompts",
     "on_error", "num_workers", "cache",
 }  # fmt: skip
@@ -103,7 +103,7 @@ def _check_unchanged(config: RunConfig, inputs: Inputs, file: Path) -> None:
     given = {key: value for key, value in written.items() if key not in ABOUT}
     before, now = (yaml.safe_load(dump(each)) for each in (validate(RunConfig, given, str(file)), config))
     changed = [key for key in {**_flat(before), **_flat(now)} if _flat(before).get(key) != _flat(now).get(key)]
-    changed = [key for key in changed if key.rpartition(".")[2] not in MAY_CHANGE]
+    changed = [key for key in changed if key not in PLACE and key.rpartition(".")[2] not in MAY_CHANGE]
     if changed:
         key = changed[0]
         raise UserError(

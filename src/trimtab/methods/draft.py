@@ -100,7 +100,7 @@ class DRaFT:
                 origin = self.rollouts.again(rollout, REFERENCE)
             distance = denoising_error(x, origin)  # (B,)
             value = value + self.config.latent_weight * distance.sum() / num_terms
-            metrics["distance"] = distance.mean().detach()
+            metrics["latent_distance"] = distance.mean().detach()
         return Loss(TRAINED, value, metrics | {"reward": reward.nanmean().detach()})
 
     def _reward(self, rollout: Rollout, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -85,7 +85,10 @@ class UNet(Face):
         return noise * (1 - scheduler.alphas_cumprod[-1]).sqrt().item()
 
     def solve(self, predict: Predict, noise: Tensor, times: Tensor) -> Tensor:
-        """PNDM's multistep where the model has it, else one step after the other."""
+        """PNDM's multistep where the model has it, else one step after the other.
+
+        Where PNDM ends in its last call's own row (steps_offset=0, set_alpha_to_one=False), two steps become one.
+        """
         follow = plms if isinstance(self.pipe.scheduler, PNDMScheduler) else ode
         return follow(predict, self.start(noise), times)
 

@@ -40,12 +40,14 @@ def _lines(run: RunFolder) -> Iterator[str]:
 
 
 def _how(run: RunFolder) -> str:
-    """Options with which `trimtab sample` draws as the run was evaluated or, where it was not, trained."""
+    """Options with which `trimtab sample` draws as the run was evaluated; where it was not, as large as it was trained,
+    and in one call if that is what it was trained in."""
     calls = {"num_inference_steps": 1} if run.config["rollout"]["num_inference_steps"] == 1 else {}
     told = run.subject.results if run.subject else {"resolution": run.config["model"]["resolution"]} | calls
     usual = {"num_inference_steps": None, "guidance_scale": 1.0, "resolution": None}
-    asked = {name: told[name] for name, value in usual.items() if told.get(name) not in (None, value)}
-    return "".join(f"--{name.replace('_', '-')} {value:g} " for name, value in asked.items())
+    asked = {name: f"{told[name]:g}" for name, value in usual.items() if told.get(name) not in (None, value)}
+    asked |= {"mixed_precision": told["precision"]} if "precision" in told else {}
+    return "".join(f"--{name.replace('_', '-')} {value} " for name, value in asked.items())
 
 
 def _table(heads: Sequence[Cell], rows: Sequence[Row]) -> Iterator[str]:

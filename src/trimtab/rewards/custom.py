@@ -137,15 +137,19 @@ def _module(source: str, is_file: bool, reference: str) -> ModuleType:
     if is_file and not path.is_file():
         raise UserError(f"reward {reference!r}: there is no file {path}; give a path relative to {Path.cwd()}.")
     try:
-        return _executed(path, path.stat().st_mtime_ns) if is_file else importlib.import_module(source)
+        return _executed(path, _version(path)) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:  # the user's own code: anything may go wrong in it
         raise UserError(
             f"reward {reference!r}: importing {source} failed ({type(error).__name__}: {error})."
         ) from error
 
 
+def _version(path: Path) -> tuple[int, int]:
+    return path.stat().st_mtime_ns, path.stat().st_size
+
+
 @cache
-def _executed(path: Path, _written_ns: int) -> ModuleType:
+def _executed(path: Path, version: tuple[int, int]) -> ModuleType:
     """Runs the file as a module, once for all its functions: they share what it loads. Its neighbours can be imported,
     but never hide an installed package."""
     if str(path.parent) not in sys.path:

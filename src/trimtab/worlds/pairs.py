@@ -36,12 +36,13 @@ class Pairs:
     chosen: tuple[tuple[int, ...], ...]  # P of them
     rejected: tuple[tuple[int, ...], ...]  # P of them
     sources: tuple[Source, ...]
+    folder: str  # of the file
     on_error: OnError = "stop"
     skipped: tuple[str, ...] = ()  # what was left out, and why
 
     def sha256(self) -> str:
-        """Of the prompts and of which pictures are better and worse for each, by name, in whatever folder they lie."""
-        names = [os.path.basename(name) for name, _ in self.sources]
+        """Of the prompts and of which pictures are better and worse for each, by their names from the file's folder."""
+        names = [os.path.relpath(name, self.folder) for name, _ in self.sources]
         sides = [[[names[n] for n in side] for side in column] for column in (self.chosen, self.rejected)]
         return hashlib.sha256(json.dumps([self.prompts.sha256(), sides]).encode()).hexdigest()
 
@@ -78,12 +79,17 @@ def load_pairs(source: str, on_error: OnError) -> Pairs:
             continue
         comparisons.setdefault(text, []).append((chosen, rejected))
     found = {text: _agreeing(each) for text, each in comparisons.items()}
+    skipped += [
+        f"{text!r} has comparisons that reverse each other"
+        for text, sides in found.items()
+        if sum(map(len, sides)) < sum(len(side) for each in comparisons[text] for side in each)
+    ]
     found = {text: sides for text, sides in found.items() if sides[0]}  # a draw has no side
     if not found:
         raise UserError(f"{path} holds no comparison that can be used{f' ({skipped[0]})' if skipped else ''}.")
     if skipped:
         logger.warning("%d comparisons in %s are left out: %s", len(skipped), path, some(skipped))
-    return _numbered(found, on_error, tuple(skipped))
+    return _numbered(found, str(path.parent), on_error, tuple(skipped))
 
 
 def _agreeing(comparisons: list[tuple[list[Source], list[Source]]]) -> tuple[list[Source], list[Source]]:
@@ -97,7 +103,7 @@ def _agreeing(comparisons: list[tuple[list[Source], list[Source]]]) -> tuple[lis
 
 
 def _numbered(
-    found: dict[str, tuple[list[Source], list[Source]]], on_error: OnError, skipped: tuple[str, ...]
+    found: dict[str, tuple[list[Source], list[Source]]], folder: str, on_error: OnError, skipped: tuple[str, ...]
 ) -> Pairs:
     """A picture that comes twice has one number."""
     sources: dict[str, tuple[int, Source]] = {}
@@ -108,7 +114,7 @@ def _numbered(
     texts = tuple(found)
     prompts = Prompts(texts, tuple({"prompt": text} for text in texts), tuple(range(len(texts))))
     in_order = tuple(source for _, source in sources.values())
-    return Pairs(prompts, tuple(columns[0]), tuple(columns[1]), in_order, on_error, skipped)
+    return Pairs(prompts, tuple(columns[0]), tuple(columns[1]), in_order, folder, on_error, skipped)
 
 
 def usable_text(prompt: str, where: str) -> str:
