@@ -551,7 +551,10 @@ def taken(recipe, tiny_folder):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--adapter", "lora"], "with adapters=[], and this one has ['lora']; ask for the same, or give --output another"),
+        (
+            ["--adapter", "lora"],
+            "with adapters=[], and this one has ['lora']; ask for the same, or give --output another",
+        ),
         (["--images-per-prompt", "1"], "with images_per_prompt=4, and this one has 1"),
         (["--num-inference-steps", "2"], "with num_inference_steps=40, and this one has 2"),
         (["--guidance-scale", "2"], "with guidance_scale=1.0, and this one has 2.0"),

@@ -201,7 +201,9 @@ def test_a_folder_is_written_again_by_the_same_call_only(tiny_folder, tmp_path):
     evaluated()
     assert calls[0] == calls[1]
     before = (folder / "results.json").read_bytes()
-    with pytest.raises(UserError, match="with num_inference_steps=1, and this one has 40; ask for the same, or give --output"):
+    with pytest.raises(
+        UserError, match="with num_inference_steps=1, and this one has 40; ask for the same, or give --output"
+    ):
         evaluated(num_inference_steps=None)  # 40 are taken, as only the model knows
     assert (folder / "results.json").read_bytes() == before
 
