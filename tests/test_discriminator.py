@@ -14,7 +14,7 @@ from trimtab.learner import Learner
 from trimtab.methods.dmd2 import DMD2, DMD2Config, judge_loss
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines.discriminator import Head
-from trimtab.pipelines.hidden import listening, middle
+from trimtab.pipelines.hidden import as_picture, heard, middle
 from trimtab.pipelines.loading import load
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig
@@ -61,27 +61,52 @@ def built(folder, lora=LoraSettings(rank=4, lora_alpha=16), **config):  # noqa: 
 )
 def test_the_middle_of_each_family_is_a_picture_of_features(request, family, channels, side):
     face = load(str(request.getfixturevalue(family)), lora=None)
-    x_t = torch.randn(2, *face.latent_shape(face.resolution))
-    with torch.no_grad(), listening([middle(face.roles.network)]) as found:
-        face.predict(x_t, torch.tensor(0.5), face.encode(TEXTS), "default")
-    (features,) = found
+    network, x_t = face.roles.network, torch.randn(2, *face.latent_shape(face.resolution))
+
+    def call():
+        with torch.no_grad():
+            return face.predict(x_t, torch.tensor(0.5), face.encode(TEXTS), "default").value
+
+    (features,) = heard(network, [middle(network)], call)
     assert features.shape[0] == 2
     assert features.shape[2] == features.shape[3]
     assert gap(features[0], features[1]) > 1e-3
     assert (features.shape[1], features.shape[2]) == (channels, side)
-    face.predict(x_t, torch.tensor(0.5), face.encode(TEXTS), "default")
-    assert len(found) == 1  # nobody listens any more
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    said, whole = [], middle(network).register_forward_hook(lambda _, inputs, output: said.append(as_picture(output)))
+    call()
+    whole.remove()
+    assert torch.equal(features, said[0])
 
 
-def test_pixels_of_an_mmdit_lie_where_they_are_seen(tiny_folder):
+@pytest.mark.parametrize("family", ["tiny_folder", "tiny_sd_folder", "tiny_sdxl_folder", "tiny_flux_folder"])
+def test_a_network_is_left_where_the_last_has_been_heard(request, family):
+    face = load(str(request.getfixturevalue(family)), lora=LoraSettings(rank=4, lora_alpha=16))
+    network, condition = face.roles.network, face.encode(TEXTS)
+    x_t = torch.randn(2, *face.latent_shape(face.resolution), requires_grad=True)
+    ends = []
+    (network.proj_out if hasattr(network, "proj_out") else network.conv_out).register_forward_hook(
+        lambda *_: ends.append("reached")
+    )
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            face.enable_gradient_checkpointing()
+        (features,) = heard(
+            network, [middle(network)], lambda: face.predict(x_t, torch.tensor(0.5), condition, "default")
+        )
+        assert bool(ends) == (checkpointed and family in ("tiny_folder", "tiny_flux_folder"))
+        gradients.append(torch.autograd.grad(features.square().sum(), x_t)[0])
+    assert gradients[0].abs().max() > 0
+    assert gap(*gradients) < 1e-5 * gradients[0].abs().max()
+    face.predict(x_t, torch.tensor(0.5), condition, "default").value.sum().backward()  # nothing stays behind
+    assert x_t.grad.isfinite().all()
+
+
+def test_pixels_of_an_mmdit_lie_where_they_are_seen():
     # One patch of the input changes; before attention spreads it, so would only its place.
-    face = load(str(tiny_folder), lora=None)
-    block = face.roles.network.transformer_blocks[0]
     tokens = torch.arange(16.0).reshape(1, 16, 1).expand(1, 16, 32)
-    with listening([middle(face.roles.network)]) as found:
-        for hook in block._forward_hooks.values():
-            hook(block, (), (torch.zeros(1, 3, 32), tokens))
-    assert found[0][0, 0].tolist() == torch.arange(16.0).reshape(4, 4).tolist()
+    assert as_picture((torch.zeros(1, 3, 32), tokens))[0, 0].tolist() == torch.arange(16.0).reshape(4, 4).tolist()
 
 
 def test_a_network_without_a_known_middle_is_refused():

@@ -47,7 +47,7 @@ from trimtab.matching import normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.discriminator import Head
-from trimtab.pipelines.hidden import listening, middle
+from trimtab.pipelines.hidden import heard, middle
 from trimtab.rewards.composite import Composite
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Student, StudentConfig, TimeMode, fake_time
 
@@ -165,9 +165,9 @@ class DMD2:
         return self.head(self._features(self.pipeline.process.noised(x0, eps, t), t, condition))
 
     def _features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        with listening([middle(self.pipeline.roles.module(FAKE))]) as found:
-            self.pipeline.predict(x_t, t, condition, FAKE)
-        return found[0]
+        network = self.pipeline.roles.module(FAKE)
+        (features,) = heard(network, [middle(network)], lambda: self.pipeline.predict(x_t, t, condition, FAKE))
+        return features
 
     def _pictures_seen(self, call: Call) -> int:
         """How many updates of the fake came before this one: each sees other pictures."""

@@ -27,7 +27,7 @@ from trimtab.batch import Condition
 from trimtab.config import Strict
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
-from trimtab.pipelines.hidden import around_the_middle, listening
+from trimtab.pipelines.hidden import around_the_middle, heard
 from trimtab.roles import REFERENCE
 from trimtab.worlds.blocks import SIZE_PX
 
@@ -113,8 +113,11 @@ class Teacher:
 
     def __call__(self, latents: Tensor, condition: Condition, eps: Tensor) -> dict[str, Tensor]:
         x_t = self.pipeline.process.noised(latents, eps, self.time.to(latents.device))
-        with listening(list(self.places.values())) as found:
-            self.pipeline.predict(x_t, self.time, condition, REFERENCE)
+        found = heard(
+            self.pipeline.roles.module(REFERENCE),
+            list(self.places.values()),
+            lambda: self.pipeline.predict(x_t, self.time, condition, REFERENCE),
+        )
         return {name: _pooled(states) for name, states in zip(self.places, found, strict=True)}
 
 

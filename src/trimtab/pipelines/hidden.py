@@ -1,24 +1,50 @@
 """What goes on inside a denoising network while it runs, heard by hooks: GANs judge by it, and DrPO compares by it."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
 
 
-@contextmanager
-def listening(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """In here, what comes out of these modules (B, C, h, w), in the order in which they run."""
+class _Enough(Exception):
+    """All has been heard."""
+
+
+def heard(network: nn.Module, places: Sequence[nn.Module], call: Callable[[], object]) -> list[Tensor]:
+    """What comes out of these modules of a network (B, C, h, w), given in the order in which they run, while `call`
+    calls it. The network is left after the last of them, where nothing is spent on what nobody hears."""
     found: list[Tensor] = []
-    handles = [m.register_forward_hook(lambda _, inputs, output: found.append(as_picture(output))) for m in modules]
+    hooks = [m.register_forward_hook(lambda _, inputs, output: found.append(as_picture(output))) for m in places]
+    if not _checkpoints_blocks(network):
+        hooks.append(_after(network, places[-1]).register_forward_pre_hook(_leave))
     try:
-        yield found
+        call()
+    except _Enough:
+        pass
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _leave(*_) -> None:
+    raise _Enough
+
+
+def _after(network: nn.Module, place: nn.Module) -> nn.Module:
+    """The stage that runs next."""
+    if hasattr(network, "transformer_blocks"):
+        stages = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", []), network.norm_out]
+    else:
+        stages = [*network.down_blocks, network.mid_block, *network.up_blocks, network.conv_out]
+    return stages[stages.index(place) + 1]
+
+
+def _checkpoints_blocks(network: nn.Module) -> bool:
+    """Whether stages run within checkpoints, which nothing may leave: a transformer's do, a UNet has them inside."""
+    return hasattr(network, "transformer_blocks") and network.is_gradient_checkpointing
 
 
 def middle(network: nn.Module) -> nn.Module:
