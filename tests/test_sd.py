@@ -12,8 +12,9 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
+from trimtab.batch import Prompts
 from trimtab.errors import UserError
-from trimtab.evaluate import sample
+from trimtab.evaluate import Setting, generate, sample
 from trimtab.pipelines import loading
 from trimtab.pipelines.sd import SD
 from trimtab.solvers import ode
@@ -130,6 +131,35 @@ def test_a_turbos_one_call_is_that_of_the_stock_pipeline(request, tmp_path, fami
         unscaled = ode(lambda x, t: face.predict(x, t, condition, "default"), noise, times)
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert (unscaled - theirs).abs().max() > 5e-4 * theirs.abs().max()  # Euler's 0.9977 of unit noise is not nothing
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("num_steps", [2, 4, 7])
+def test_the_noise_of_ancestral_euler_is_added_where_stock_diffusers_adds_it(
+    tiny_sd_folder, tmp_path, kind, spacing, num_steps
+):
+    stock = DiffusionPipeline.from_pretrained(tiny_sd_folder)
+    settings = {"timestep_spacing": spacing, "prediction_type": kind}
+    stock.scheduler = EulerAncestralDiscreteScheduler.from_config(stock.scheduler.config, **settings)
+    stock.save_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    face = loading.load_for_sampling(str(tmp_path))
+    prompts, side = Prompts(("a star", "a cat"), ({}, {}), (0, 1)), face.resolution
+    setting = Setting(suite="", images_per_prompt=1, num_inference_steps=num_steps, guidance_scale=2.0)
+    _, ours = generate(face, "default", prompts, torch.arange(2), [5, 6], setting)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    with torch.no_grad():
+        theirs = stock(
+            list(prompts.text),
+            num_inference_steps=num_steps,
+            guidance_scale=2.0,
+            height=side,
+            width=side,
+            generator=generators,
+            output_type="latent",
+        ).images
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("name", ["tiny_sd_folder", "tiny_sdxl_folder"])

@@ -9,6 +9,7 @@ from scipy.integrate import solve_ivp
 from trimtab.prediction import Prediction
 from trimtab.process import RectifiedFlow, VariancePreserving
 from trimtab.solvers import (
+    ancestral,
     few_step,
     few_step_grid,
     guided,
@@ -397,9 +398,23 @@ def test_a_student_is_called_at_the_published_times():
     assert vp_few_step_grid(3)[-1] == 0
 
 
+def test_an_ancestral_step_by_hand():
+    # abar .64, then .9: noise over signal falls from .6 / .8 = 3/4 to sqrt(.1 / .9) = 1/3, so k = 4/9. x0_hat is x / 2.
+    process = VariancePreserving(torch.tensor([0.9, 0.64]))
+
+    def predict(x, t):
+        return Prediction(x / 2, "x0", x, t, process)
+
+    x, z, times = torch.tensor([[2.0]]), torch.tensor([[3.0]]), torch.tensor([1.0, 0.5, 0.0])
+    eps = (2 - 0.8) / 0.6
+    expected = 0.9**0.5 + 0.1**0.5 * (4 / 9 * eps + (1 - 16 / 81) ** 0.5 * 3)
+    assert ancestral(predict, x, times[:2], z[None]).item() == pytest.approx(expected, abs=1e-6)
+    assert ancestral(predict, x, times[::2], torch.full((1, 1, 1), 1e6)).item() == 1  # the last call's noise is nothing
+
+
 def test_noise_must_have_one_row_a_step():
     x, times, predict = torch.zeros(1, 2), time_grid(3), wavy("flow", RectifiedFlow())
-    for sampler in (few_step, sde):
+    for sampler in (few_step, sde, ancestral):
         with pytest.raises(ValueError, match=r"shorter|longer"):
             sampler(predict, x, times, torch.zeros(2, 1, 2))
 
@@ -423,7 +438,7 @@ def test_guiding_outputs_guides_every_derived_quantity_alike(kind):
     assert gap(both.eps, guided(of["cond"].eps, of["uncond"].eps, 4.5)) < 1e-12
 
 
-@pytest.mark.parametrize("solver", ["ode", "sde", "few_step"])
+@pytest.mark.parametrize("solver", ["ode", "sde", "few_step", "ancestral"])
 def test_state_is_float32_whatever_the_network_computes_in(solver):
     torch.manual_seed(0)
     seen = []
@@ -437,6 +452,7 @@ def test_state_is_float32_whatever_the_network_computes_in(solver):
         "ode": lambda: ode(predict, x, times),
         "sde": lambda: sde(predict, x, times, noise)[0],
         "few_step": lambda: few_step(predict, x, times, noise),
+        "ancestral": lambda: ancestral(predict, x, times[1:], noise[1:]),
     }[solver]
     assert run().dtype == torch.float32
     assert set(seen) == {torch.float32}

@@ -144,7 +144,8 @@ def generate(
     times = grid(num_calls, setting.resolution)
     images, latents = torch.empty(len(group), 3, side, side), torch.empty(len(group), *shape, device=pipeline.device)
     for part in setting.parts(len(group), side):
-        noises = _noises([seeds[i] for i in part], shape, num_calls if setting.few_step else 1).to(pipeline.device)
+        number = num_calls if setting.few_step or pipeline.adds_noise else 1
+        noises = _noises([seeds[i] for i in part], shape, number).to(pipeline.device)
         own = pipeline.encode([prompts.text[g] for g in group[part]])
         made = sample(pipeline, noises, times, own, role, setting.guidance_scale, setting.few_step)
         latents[part], images[part] = made, pipeline.decode(made).cpu()
@@ -163,18 +164,18 @@ def sample(
 ) -> Tensor:
     """Clean latents (B, C, h, w) as stock diffusers makes them, one condition a sample.
 
-    `noises` (T, B, C, h, w) are one for each call of a student, at times (T + 1,); else there is one, where the solver
-    starts.
+    `noises` (T, B, C, h, w) are one for each call at times (T + 1,) of a student, and of a model whose scheduler adds
+    noise; else there is one, where the solver starts.
     """
 
     def predict(x_t: Tensor, t: Tensor) -> Prediction:
         return pipeline.predict(x_t, t, condition, role, guidance_scale)
 
     times = times.to(noises.device)
-    if not as_student:
-        return pipeline.solve(predict, noises[0], times)
-    later = torch.cat([pipeline.between_calls(noises[1:]), torch.zeros_like(noises[:1])])  # the last call adds none
-    return few_step(predict, noises[0], times, later)[-1]
+    between = torch.cat([pipeline.between_calls(noises[1:]), torch.zeros_like(noises[:1])])  # after the last call: none
+    if as_student:
+        return few_step(predict, noises[0], times, between)[-1]
+    return pipeline.solve(predict, noises[0], times, between)
 
 
 def _noises(seeds: list[int], shape: tuple[int, ...], number: int) -> Tensor:

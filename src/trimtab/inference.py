@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
 
 from trimtab import evaluate
 from trimtab.batch import Prompts
@@ -167,8 +166,6 @@ def _opened(model: str, adapters: Sequence[str], precision: str, resolution: int
 def _setting(pipeline: Pipeline, num_inference_steps: int | None, **how: Any) -> evaluate.Setting:
     """A student is sampled as one, in the calls that it was made for, unless another number is asked for."""
     steps, made_for = num_inference_steps or pipeline.num_calls or evaluate.DEFAULT_STEPS, pipeline.num_calls
-    if steps > 1 and isinstance(pipeline.pipe.scheduler, EulerAncestralDiscreteScheduler):
-        logger.warning("stock diffusers adds noise between this scheduler's calls; here it is followed without any")
     if made_for and (steps != made_for or how.get("guidance_scale", 1) != 1):
         logger.warning("this student was made for %d call(s) without guidance, and is asked for another way", made_for)
     return evaluate.Setting(num_inference_steps=steps, few_step=pipeline.is_student, **how)

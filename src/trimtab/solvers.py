@@ -116,6 +116,20 @@ def plms(predict: Predict, x: Tensor, times: Tensor) -> Tensor:
     return x
 
 
+def ancestral(predict: Predict, x: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+    """Sample as a DDPM does, eq. 12 of arXiv 2010.02502 at eta = 1, with noise (T, B, ...): diffusers'
+    EulerAncestralDiscreteScheduler. Of the predicted noise a share stays that falls as the noise-to-signal ratio does,
+    x' = alpha' x0 + sigma' (k eps + sqrt(1 - k^2) z),  k = (sigma' / alpha') / (sigma / alpha); the rest is fresh.
+    """
+    x, times = _start(x, times)
+    for t, t_next, z in zip(times[:-1], times[1:], noise, strict=True):
+        now = predict(x, t)
+        ratio, before = (now.process.sigma(time) / now.process.alpha(time) for time in (t_next, t))
+        kept = ratio / before
+        x = now.process.noised(now.x0, kept * now.eps + (1 - kept**2).sqrt() * z, t_next)  # (B, ...)
+    return x
+
+
 def sde_step(
     prediction: Prediction, t_next: Tensor, noise_level: float, dynamics: Dynamics = "flow"
 ) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,13 @@ class Pipeline(Protocol):
     def start(self, noise: Tensor) -> Tensor:
         """What the stock pipeline's solver starts from (B, C, h, w), given standard normal noise."""
 
-    def solve(self, predict: Predict, noise: Tensor, times: Tensor) -> Tensor:
-        """Clean latents (B, C, h, w) as the stock pipeline's solver makes them of standard normal noise."""
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the model's scheduler adds noise between its calls."""
+
+    def solve(self, predict: Predict, noise: Tensor, times: Tensor, between: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) as the stock pipeline's solver makes them of standard normal noise, with `between`
+        (T, B, C, h, w) after each call if the scheduler adds any."""
 
     def between_calls(self, noise: Tensor) -> Tensor:
         """Noise (T, B, C, h, w) put in the order in which the stock pipeline draws what it adds between calls."""

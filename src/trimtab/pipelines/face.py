@@ -104,8 +104,14 @@ class Face:
         """What the stock pipeline's solver starts from (B, C, h, w), given standard normal noise."""
         return noise
 
-    def solve(self, predict: Predict, noise: Tensor, times: Tensor) -> Tensor:
-        """Clean latents (B, C, h, w) as the stock pipeline's solver makes them of standard normal noise."""
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the model's scheduler adds noise between its calls."""
+        return False
+
+    def solve(self, predict: Predict, noise: Tensor, times: Tensor, between: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) as the stock pipeline's solver makes them of standard normal noise, with `between`
+        (T, B, C, h, w) after each call if the scheduler adds any."""
         return ode(predict, self.start(noise), times)
 
     def between_calls(self, noise: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What the UNets of Stable Diffusion share: where a LoRA goes, and a DDPM's table of noise with its times.
 
 A scheduler is asked for its table, for what the network predicts, and for the rows that it visits. The steps between
-them are those of `solvers`: along one list of rows DDIM and Euler are the same, and PNDM is `plms`. The noise that
-ancestral Euler adds between calls is left out: of one call it is the same, and of several it is Euler.
+them are those of `solvers`: along one list of rows DDIM and Euler are the same, PNDM is `plms`, and ancestral Euler a
+DDPM. (Rollouts follow all of them by DDIM, whose one call is the same.)
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from trimtab.pipelines.face import Face
 from trimtab.prediction import Kind
 from trimtab.process import NUM_TIMESTEPS, VariancePreserving
 from trimtab.roles import Roles
-from trimtab.solvers import Predict, ode, plms, vp_few_step_grid, vp_time_grid
+from trimtab.solvers import Predict, ancestral, ode, plms, vp_few_step_grid, vp_time_grid
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v"}  # diffusers' word -> that of `Prediction`
@@ -84,11 +84,18 @@ class UNet(Face):
             return noise
         return noise * (1 - scheduler.alphas_cumprod[-1]).sqrt().item()
 
-    def solve(self, predict: Predict, noise: Tensor, times: Tensor) -> Tensor:
-        """PNDM's multistep where the model has it, else one step after the other.
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the model's scheduler adds noise between its calls, as those of the Turbo models do."""
+        return isinstance(self.pipe.scheduler, EulerAncestralDiscreteScheduler)
+
+    def solve(self, predict: Predict, noise: Tensor, times: Tensor, between: Tensor) -> Tensor:
+        """PNDM's multistep or a DDPM's noise where the model has it, else one step after the other.
 
         Where PNDM ends in its last call's own row (steps_offset=0, set_alpha_to_one=False), two steps become one.
         """
+        if self.adds_noise:
+            return ancestral(predict, self.start(noise), times, between)
         follow = plms if isinstance(self.pipe.scheduler, PNDMScheduler) else ode
         return follow(predict, self.start(noise), times)
 
