@@ -112,8 +112,8 @@ def test_unweighted_attention_is_stock_attention_in_dual_blocks_too(qk_norm):
 
 def test_encode_asks_the_text_encoders_once_for_each_distinct_prompt(tiny, monkeypatch):
     face, asked = tiny(), []
-    embed = face.embed
-    monkeypatch.setattr(face, "embed", lambda texts: asked.append(list(texts)) or embed(texts))
+    embed = face._embed
+    monkeypatch.setattr(face, "_embed", lambda texts: asked.append(list(texts)) or embed(texts))
     first, second = face.encode([TEXTS[0], TEXTS[1], TEXTS[0]]), face.encode([TEXTS[1], "a star"])
     assert asked == [[TEXTS[0]], [TEXTS[1]], ["a star"]]  # alone, so that its bits are the same in any company
     assert torch.equal(first.tokens[0], first.tokens[2])
@@ -303,11 +303,37 @@ def test_prompts_are_remembered_up_to_a_limit(tiny, monkeypatch):
     face, texts = tiny(), [f"a picture of {i}" for i in range(6)]
     one = face.encode(texts[:1]).tokens.nbytes
     monkeypatch.setattr("trimtab.pipelines.face.REMEMBERED", 3 * one)
-    asked, embed = [], face.embed
-    monkeypatch.setattr(face, "embed", lambda texts: asked.append(*texts) or embed(texts))
+    asked, embed = [], face._embed
+    monkeypatch.setattr(face, "_embed", lambda texts: asked.append(*texts) or embed(texts))
     whole = face.encode(texts)
     assert len(face._memory) == 3
     asked.clear()
     again = face.encode(texts[::-1])
     assert asked == texts[2::-1]
     assert torch.equal(again.tokens, whole.tokens.flip(0))
+
+
+def test_text_encoders_are_away_but_while_new_prompts_are_embedded(tiny, monkeypatch):
+    face, plain = tiny(), tiny()
+    encoders = [face.pipe.text_encoder, face.pipe.text_encoder_2, face.pipe.text_encoder_3]
+    moves = []
+    for encoder in encoders:
+        monkeypatch.setattr(encoder, "to", lambda where, encoder=encoder: moves.append(str(where)) or encoder)
+    monkeypatch.setattr(face, "_embed", lambda texts, embed=face._embed: moves.append(texts[0]) or embed(texts))
+    face.device = torch.device("cpu", 0)  # told from main memory by its name
+    face.offload_text_encoders()
+    assert moves == ["cpu"] * 3
+    moves.clear()
+    found = face.encode([TEXTS[0], "a ring", TEXTS[0]])
+    assert moves == ["cpu:0"] * 3 + [TEXTS[0], "a ring"] + ["cpu"] * 3
+    assert torch.equal(found.tokens, plain.encode([TEXTS[0], "a ring", TEXTS[0]]).tokens)
+    moves.clear()
+    face.encode(["a ring", TEXTS[0]])
+    assert moves == []  # what is remembered moves nothing
+    face.embed(["a ring"])
+    assert moves == ["cpu:0"] * 3 + ["a ring"] + ["cpu"] * 3
+    moves.clear()
+    monkeypatch.setattr(face, "_embed", lambda texts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        face.encode(["a heart"])
+    assert moves == ["cpu:0"] * 3 + ["cpu"] * 3

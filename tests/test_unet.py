@@ -131,8 +131,8 @@ def test_one_time_for_all_is_the_same_as_one_each(model, point):
 
 def test_encode_asks_the_text_encoders_once_for_each_distinct_prompt(model, monkeypatch):
     face, asked = model.face(), []
-    embed = face.embed
-    monkeypatch.setattr(face, "embed", lambda texts: asked.append(list(texts)) or embed(texts))
+    embed = face._embed
+    monkeypatch.setattr(face, "_embed", lambda texts: asked.append(list(texts)) or embed(texts))
     first, second = face.encode([TEXTS[0], TEXTS[1], TEXTS[0]]), face.encode([TEXTS[1], "a star"])
     assert asked == [[TEXTS[0]], [TEXTS[1]], ["a star"]]  # alone, so that its bits are the same in any company
     assert torch.equal(first.tokens[0], first.tokens[2])

@@ -364,4 +364,4 @@ def _parts(pipeline: Pipeline, *beginnings: str) -> dict[str, Any]:
 def _tensors(condition: Condition) -> dict[str, Tensor]:
     """What differs from prompt to prompt."""
     tensors = {"tokens": condition.tokens, "pooled": condition.pooled}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return {name: tensor.float() for name, tensor in tensors.items() if tensor is not None}

@@ -53,6 +53,7 @@ class ModelConfig(Strict):
     resolution: int | None = Field(None, gt=0)  # pixels a side; None: what the model was made for
     mixed_precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
+    offload_text_encoders: bool = False  # to main memory, whence they come whenever prompts are new
 
     @property
     def lora(self) -> LoraSettings | None:

@@ -81,6 +81,8 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
         method = ONLINE[name](config.method, pipeline, rollouts, config.training.train_batch_size)
     if pipeline is not None and config.model.gradient_checkpointing:
         pipeline.enable_gradient_checkpointing()
+    if pipeline is not None and config.model.offload_text_encoders:
+        pipeline.offload_text_encoders()
     learner = Learner(method, accelerator, config.optimizer, config.training.max_train_steps)
     return Run(config, folder, accelerator, learner, method, pipeline, inputs.rewards, inputs.unseen, display)
 

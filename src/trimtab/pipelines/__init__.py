@@ -62,6 +62,9 @@ class Pipeline(Protocol):
     def enable_gradient_checkpointing(self) -> None:
         """Trade compute for memory wherever a gradient passes."""
 
+    def offload_text_encoders(self) -> None:
+        """Keep them away from the accelerator while nobody asks them."""
+
     def encode(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts; each distinct prompt is encoded once."""
 

@@ -5,7 +5,8 @@ remembered, guidance, latents, pictures and weights on disk are the same for all
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,6 +48,7 @@ class Face:
             if isinstance(module, LoraLayer):  # autocast casts; PEFT would cast up first, for nothing
                 module.cast_input_dtype_enabled = precision == torch.float32
         self._memory: dict[str, Condition] = {}
+        self._offloaded: list[torch.nn.Module] = []  # text encoders that are away from the accelerator while not asked
         self.unconditional = self.encode([""])  # what guidance leads away from
 
     @staticmethod
@@ -133,8 +135,17 @@ class Face:
         self.roles.enable_gradient_checkpointing()
         self.pipe.vae.enable_gradient_checkpointing()
 
+    def offload_text_encoders(self) -> None:
+        """Keep them in main memory but for the moments in which they are asked about prompts that are new."""
+        found = [getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+        self._offloaded = [encoder.to("cpu") for encoder in found if encoder is not None]
+
     def embed(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts as the text encoders say it: not remembered, and with gradient if that is on."""
+        with self._encoders_at_hand():
+            return self._embed(texts)
+
+    def _embed(self, texts: Sequence[str]) -> Condition:
         raise NotImplementedError
 
     def _output(self, role: str, x_t: Tensor, t: Tensor, condition: Condition, *extra: Any) -> Tensor:
@@ -145,7 +156,9 @@ class Face:
     def encode(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts; each distinct prompt is encoded once, and alone: in a batch its last bits would
         depend on what happened to be new beside it, and a resumed run would not be the run that was not killed."""
-        found = {text: self._embedded(text) for text in dict.fromkeys(texts)}
+        known = self._memory.keys() >= set(texts)
+        with nullcontext() if known else self._encoders_at_hand():
+            found = {text: self._embedded(text) for text in dict.fromkeys(texts)}
         return joined([found[text] for text in texts])
 
     def predict(
@@ -210,12 +223,22 @@ class Face:
     def _embedded(self, text: str) -> Condition:
         """One prompt's condition. As many as fit are remembered, away from the accelerator, which they would fill."""
         if text not in self._memory:
-            found = self.embed([text])
+            found = self._embed([text])
             self._memory[text] = found.to("cpu")
             if len(self._memory) * found.tokens.nbytes > REMEMBERED:
                 del self._memory[next(iter(self._memory))]
             return found
         return self._memory[text].to(self.device)
+
+    @contextmanager
+    def _encoders_at_hand(self) -> Iterator[None]:
+        for encoder in self._offloaded:
+            encoder.to(self.device)
+        try:
+            yield
+        finally:
+            for encoder in self._offloaded:
+                encoder.to("cpu")
 
     def _forward(self, role: str, x_t: Tensor, t: Tensor, condition: Condition, *extra: Any) -> Tensor:
         with self._autocast():

@@ -60,11 +60,11 @@ class Flux(Flow):
         grid = tokens.mT.unflatten(3, (height // self.PACKED, width // self.PACKED))
         return F.pixel_shuffle(grid, self.PACKED)
 
-    def embed(self, texts: Sequence[str]) -> Condition:
+    def _embed(self, texts: Sequence[str]) -> Condition:
         tokens, pooled, _ = self.pipe.encode_prompt(
             list(texts), None, device=self.device, max_sequence_length=MAX_TEXT_TOKENS
         )
-        return Condition(tokens.float(), pooled.float())
+        return Condition(tokens, pooled)
 
     def predict(
         self, x_t: Tensor, t: Tensor, condition: Condition, role: str, guidance_scale: float = 1.0

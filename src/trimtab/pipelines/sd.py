@@ -14,9 +14,9 @@ class SD(UNet):
 
     PIPELINE = StableDiffusionPipeline
 
-    def embed(self, texts: Sequence[str]) -> Condition:
+    def _embed(self, texts: Sequence[str]) -> Condition:
         tokens, _ = self.pipe.encode_prompt(list(texts), self.device, 1, do_classifier_free_guidance=False)
-        return Condition(tokens.float(), None)
+        return Condition(tokens, None)
 
     def _output(self, role: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.roles(

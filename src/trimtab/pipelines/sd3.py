@@ -59,13 +59,13 @@ class SD3(Flow):
         """With which stock diffusers samples a student of this model."""
         return few_step.flow_scheduler(num_calls, self.pipe.scheduler.config.shift)
 
-    def embed(self, texts: Sequence[str]) -> Condition:
+    def _embed(self, texts: Sequence[str]) -> Condition:
         texts = list(texts)
         for_t5, num_t5 = (texts, MAX_TEXT_TOKENS) if self._weight is None else ([""] * len(texts), 1)
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             texts, texts, for_t5, device=self.device, do_classifier_free_guidance=False, max_sequence_length=num_t5
         )
-        return Condition(tokens.float(), pooled.float(), self._weight)
+        return Condition(tokens, pooled, self._weight)
 
     def _output(self, role: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         weight = {} if condition.weight is None else {"log_weight": condition.weight.log()}

@@ -26,11 +26,11 @@ class SDXL(UNet):
             empty = self.unconditional
             self.unconditional = Condition(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
 
-    def embed(self, texts: Sequence[str]) -> Condition:
+    def _embed(self, texts: Sequence[str]) -> Condition:
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             list(texts), device=self.device, do_classifier_free_guidance=False
         )
-        return Condition(tokens.float(), pooled.float())
+        return Condition(tokens, pooled)
 
     def _output(self, role: str, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.roles(
