@@ -32,7 +32,7 @@ assets: .venv/ready
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 
-# torch has a version of its own here: a range would fetch gigabytes of CUDA on machines that can't use them.
+# torch first, and by its version: where an index has a CPU build of it, that is taken, and no range looks further.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0

@@ -3,8 +3,8 @@
     python benchmarks/crd_demo.py [--seeds 0 1 2] [--steps N]
     python benchmarks/crd_demo.py --runs runs/crd-micro     # what `make demo` left
 
-Trains the recipe crd-micro as it stands (or for --steps), and writes benchmarks/results/crd_demo.{json,md}
-and docs/images/before-after.png.
+Trains the recipe crd-micro as it stands, or for N steps, and writes benchmarks/results/crd_demo.{json,md}, or
+crd_demo_N.{json,md}; of the recipe as it stands also docs/images/before-after.png.
 """
 
 import argparse

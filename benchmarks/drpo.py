@@ -167,20 +167,22 @@ def spreads() -> str:
 # ---- prompts that were trained on, and others
 
 
-def splits(given: argparse.Namespace) -> str:
-    """The strict verdict on 136 prompts of each split, 16 pictures each, from noise that no run has seen."""
+def splits(given: argparse.Namespace, file: Path) -> str:
+    """The strict verdict on 136 prompts of each split, 16 pictures each, from noise that no run has seen; rows that
+    `file` has of other variants are kept."""
     folders = {name: [trained(name, seed, given) for seed in given.seeds] for name in given.only or VARIANTS}
     models = {"micro-turbo": [[]]} | {name: [[str(run / "export")] for run in runs] for name, runs in folders.items()}
-    lines = ["| trained on | trained prompts | new prompts |", "| --- | --- | --- |"]
+    head = ["| trained on | trained prompts | new prompts |", "| --- | --- | --- |"]
+    lines = {line.split(" | ")[0]: line for line in (file.read_text().splitlines() if file.is_file() else [])[2:]}
     for name, adapters in models.items():
         cells = []
         for split in ("train", "test"):
             found = [verdict(each, split) for each in adapters]
             span = f" ({min(found):.3f} to {max(found):.3f})" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.3f}{span}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+        lines[f"| {name}"] = f"| {name} | {' | '.join(cells)} |"
+        print(lines[f"| {name}"], flush=True)
+    return "\n".join([*head, *lines.values()]) + "\n"
 
 
 def verdict(adapters: list[str], split: str) -> float:
@@ -319,7 +321,8 @@ def main() -> None:
         name, text = f"drpo_{part}", parts[part]()
     elif given.splits:
         with Terminal() as given.display:
-            name, text = f"drpo_{given.steps}_splits", splits(given)
+            name = f"drpo_{given.steps}_splits"
+            text = splits(given, RESULTS / f"{name}.md")
     else:
         with Terminal() as given.display:
             rows = compare(given)

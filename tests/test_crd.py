@@ -660,3 +660,16 @@ def test_the_trained_role_is_exported(tiny, tmp_path):
     weights = method.pipeline.roles.parameters("default")
     assert len(exported) == len(weights)
     assert all(torch.equal(exported[f"base_model.model.{name}"], p) for name, p in weights.items())
+
+
+def test_rewards_on_another_scale_than_the_anchors_are_told_once(tiny, caplog):
+    method = build(tiny)
+    method._check_scale(torch.tensor([0.0, 0.4, 1.0]))
+    assert not caplog.text
+    for _ in range(2):
+        method._check_scale(torch.tensor([0.2, 22.5]))
+    assert caplog.text.count("rewards of 0.2 to 22.5: the anchor's strength grows with rewards from 0 to 1") == 1
+    for settings in ({"reward_adaptive_kl": "advantage"}, {"kl_beta": 0.0}):
+        caplog.clear()
+        build(tiny, **settings)._check_scale(torch.tensor([-1.0]))
+        assert not caplog.text

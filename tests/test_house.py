@@ -11,28 +11,6 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "trimtab"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-ROWS = [  # top row first; a row imports only from rows above it, or from itself
-    {"errors", "files", "explain", "config"},
-    {"process", "prediction", "solvers", "groups", "matching", "noise"},
-    {"batch", "method", "optimizer", "cache", "processes"},
-    {"roles"},
-    {"pipelines", "worlds"},
-    {"rewards"},
-    {"rollout", "forward", "captioned", "grid"},
-    {"student", "candidates"},
-    {"methods"},
-    {"learner", "checkpoint", "log"},
-    {"metrics"},
-    {"evaluate"},
-    {"report"},
-    {"recipe"},
-    {"inputs"},
-    {"wiring"},
-    {"run", "inference", "bench"},
-    {"preferences"},
-    {"cli", "__main__"},
-]
-
 
 def room(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
@@ -59,15 +37,26 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def tree_of_readme() -> list[str]:
+    """Paths in the README's file tree: two spaces an indent, a folder ends in a slash."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"```\n(src/trimtab/\n.*?)```", text, re.DOTALL).group(1)
+    stack, paths = [], []
+    for line in filter(str.strip, block.splitlines()):
+        indent, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        stack = [*stack[:indent], name.rstrip("/")]
+        if not name.endswith("/"):
+            paths.append("/".join(stack))
+    return paths
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_a_file_imports_only_from_its_own_row_or_rows_above(path):
-    rank = {name: i for i, row in enumerate(ROWS) for name in row}
-    if room(path) == "__init__":
+def test_a_room_imports_only_from_those_that_the_readme_lists_above_it(path):
+    rooms = [name.split("/")[2].removesuffix(".py") for name in tree_of_readme() if name.startswith("src/trimtab/")]
+    rank = {name: place for place, name in enumerate(dict.fromkeys(rooms))}
+    if room(path) in ("__init__", "__main__"):
         return
-    assert room(path) in rank, f"{room(path)} has no row in this test: decide where it belongs"
-    below = {
-        name for name in imported(path) if (first := name.split(".")[0]) in rank and rank[first] > rank[room(path)]
-    }
+    below = {name for name in imported(path) if rank.get(name.split(".")[0], -1) > rank[room(path)]}
     assert not below
 
 
@@ -123,19 +112,6 @@ def test_no_pickle_and_no_bare_assert():
         tree = ast.parse(path.read_text())
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.Assert)], path
         assert not re.search(r"torch\.(load|save)\(|import pickle", path.read_text()), path
-
-
-def tree_of_readme() -> set[str]:
-    """Paths in the README's file tree: two spaces an indent, a folder ends in a slash."""
-    text = (ROOT / "README.md").read_text()
-    block = re.search(r"```\n(src/trimtab/\n.*?)```", text, re.DOTALL).group(1)
-    stack, paths = [], set()
-    for line in filter(str.strip, block.splitlines()):
-        indent, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        stack = [*stack[:indent], name.rstrip("/")]
-        if not name.endswith("/"):
-            paths.add("/".join(stack))
-    return paths
 
 
 def test_the_tree_in_the_readme_is_the_tree():

@@ -480,6 +480,27 @@ def ready(recipe):
     return build
 
 
+def test_text_encoders_are_offloaded_where_the_recipe_says_so(recipe):
+    for wanted in (False, True):
+        config = run.load_config(str(recipe(model={"offload_text_encoders": wanted})))
+        built = wiring.build(config, Path("unused"), Accelerator(cpu=True), inputs.check(config), Silent())
+        assert len(built.pipeline._offloaded) == 3 * wanted
+
+
+def test_a_teacher_is_shown_in_its_own_number_of_steps_beside_its_student(recipe, monkeypatch):
+    suite = {"suite": "prompts.txt", "images_per_prompt": 1, "base_guidance_scale": 2.0}
+    asked = []
+    monkeypatch.setattr(run, "_evaluate", lambda _, label, role, setting: asked.append((label, setting)))
+    for changes, teachers in (({}, 40), ({"base_num_inference_steps": 9}, 9)):
+        config = run.load_config(str(recipe(**METHODS["dmd2"], evaluation=suite | changes)))
+        built = wiring.build(config, Path("unused"), Accelerator(cpu=True), inputs.check(config), Silent())
+        run._evaluate_base(built)
+        (_, base), (label, best) = asked[-2:]
+        assert label == "base-guided"
+        assert (base.num_inference_steps, base.few_step, base.guidance_scale) == (2, True, 1.0)
+        assert (best.num_inference_steps, best.few_step, best.guidance_scale) == (teachers, False, 2.0)
+
+
 def test_gradient_checkpointing_is_asked_of_the_network_and_of_the_auto_encoder(recipe):
     config = run.load_config(str(recipe(model={"gradient_checkpointing": True})))
     built = wiring.build(config, Path("unused"), Accelerator(cpu=True), inputs.check(config), Silent())

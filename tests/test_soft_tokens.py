@@ -278,14 +278,12 @@ def test_an_unknown_role_is_an_error(model):
         value(model, "old")
 
 
-def test_tokens_can_start_at_a_text_token_of_a_unet(tiny_sd_folder, tiny_folder):
+def test_tokens_can_start_at_a_text_token_of_a_unet(tiny_sd_folder):
     face = open_face(tiny_sd_folder)
     first = face.encode([""]).tokens[0, 0]
     face.roles.start_at(first)
     for bank in face.roles.banks.values():
         assert torch.equal(bank.base, first.expand_as(bank.base))
-    with pytest.raises(UserError, match=r"method\.tokens_start=normal"):
-        open_face(tiny_folder).roles.start_at(torch.zeros(5))
 
 
 # Files, and ordinary pipelines
@@ -388,7 +386,9 @@ def test_files_that_hold_no_tokens_are_refused(tiny_folder, tmp_path, tiny):
 def test_what_has_no_place_for_tokens_is_refused(tiny_folder, tiny_sd_folder):
     with pytest.raises(UserError, match="9 layers of soft tokens do not fit a model of 2 blocks"):
         loading.check_tokens(TokenSettings(num_layers=9), str(tiny_folder))
-    loading.check_tokens(TokenSettings(stages=("mid",)), str(tiny_sd_folder))
+    loading.check_tokens(TokenSettings(stages=("mid",)), str(tiny_sd_folder), from_text=True)
+    with pytest.raises(UserError, match=r"tokens of width 32 can't start as text of model .*, whose width is 128; set"):
+        loading.check_tokens(TokenSettings(num_layers=2), str(tiny_folder), from_text=True)
     with pytest.raises(UserError, match="and this model is a Linear"):
         SoftTokens(nn.Linear(1, 1), SETTINGS, num_signs=1)
     with pytest.raises(UserError, match="neither a transformer nor a unet"):

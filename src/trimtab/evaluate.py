@@ -190,7 +190,7 @@ def drift(
 ) -> float:
     """Mean square difference of two roles' unguided fields on the first one's own samples, over times and dimensions.
 
-    With the weight (1 - t) / t in place of 1 this would bound the KL divergence between them (docs/notation.md).
+    With the weight (1 - t) / t in place of 1, and a sum over dimensions, it would be KL (docs/notation.md).
     """
     total = 0.0
     for part in setting.parts(len(group), setting.resolution or pipeline.resolution):

@@ -91,7 +91,7 @@ def _check_model(config: RunConfig) -> Adapters:
     if config.method.name not in ONE_STEP:
         loading.check_many_steps(model, adapters, config.method.name)
     if config.method.name in CAPTIONED:
-        loading.check_tokens(config.method.tokens, model)
+        loading.check_tokens(config.method.tokens, model, from_text=config.method.tokens_start == "empty-prompt")
     if not set(BUILT_IN).isdisjoint(config.rewards):
         check_side(config.rewards, config.model.resolution or loading.resolution(model))
     if isinstance(config.method, drpo.DrPOConfig):

@@ -31,7 +31,7 @@ ABOUT = ("command", "revision", "versions", "prompts_sha256", "pairs_sha256")  #
 PLACE = ("name", "output_dir")  # a folder may have been moved
 MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_prompts",
-    "on_error", "num_workers", "cache",
+    "on_error", "num_workers", "cache", "offload_text_encoders",
 }  # fmt: skip
 
 
@@ -195,7 +195,9 @@ def _evaluate_base(run: Run) -> None:
     setting = _setting(run)
     _evaluate(run, "base", REFERENCE, setting)
     if config.base_guidance_scale is not None and run.config.method.name not in ONE_STEP:  # one call is not guided
-        steps = config.base_num_inference_steps or setting.num_inference_steps
+        steps = config.base_num_inference_steps or (
+            evaluate.DEFAULT_STEPS if run.config.method.name in DISTILLATION else setting.num_inference_steps
+        )
         best = {"guidance_scale": config.base_guidance_scale, "num_inference_steps": steps}
         _evaluate(run, "base-guided", REFERENCE, replace(setting, few_step=run.pipeline.is_student, **best))
 

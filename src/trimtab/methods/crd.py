@@ -42,10 +42,12 @@ The equations are those of the first author's public trainer (Flow-Factory). Dep
 5. Groups of equal rewards stay in the loss. There it pulls q to the same value for all siblings, towards the old field.
 6. (8) compares what networks say, their noise if they predict noise: the flow that this means grows without bound as
    alpha falls. To networks that predict the flow, as the trainer's, it is the same.
-7. Ten stratified times a rollout, shared by siblings (the trainer: twenty, each sample's own), and advantages in units
-   of the deviation within groups (`rollout.advantage_std`; the trainer: of all rewards).
+7. Ten stratified times a rollout, shared by siblings (the trainer: twenty, shared by a micro-batch), and advantages in
+   units of the deviation within groups (`rollout.advantage_std`; the trainer: of all rewards). The recipe for SD3.5 has
+   the trainer's deviation, and ten of its times.
 """
 
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -68,6 +70,8 @@ from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
+
+logger = logging.getLogger(__name__)
 
 OLD, SAMPLER = "old", "sampler"
 
@@ -244,6 +248,7 @@ class CRD:
     rollouts: Rollouts
     batch_size: int  # samples in one forward and backward
     updates: int = 0
+    told: bool = False  # of rewards that do not suit the anchor
     log: dict[str, float] = field(default_factory=dict)
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -260,6 +265,7 @@ class CRD:
 
     def collect(self, step: int) -> list[Rollout]:
         rollout, self.log = self.rollouts.collect(step, self.config.sampler)
+        self._check_scale(rollout.reward)
         return rollout.split(self.config.updates_per_step)
 
     def losses(self, rollout: Rollout) -> Iterator[Loss]:
@@ -334,6 +340,18 @@ class CRD:
         return centres(
             q, signal, group.to(q.device), centring=self.config.centring, weight_temp=self.config.weight_temp
         )
+
+    def _check_scale(self, reward: Tensor) -> None:
+        """A warning, once, where the anchor would take rewards (B,) for less or more than they are."""
+        by_reward = self.config.kl_beta and self.config.reward_adaptive_kl == "reward"
+        if by_reward and not self.told and not ((reward >= 0) & (reward <= 1)).all():
+            self.told = True
+            logger.warning(
+                "rewards of %.3g to %.3g: the anchor's strength grows with rewards from 0 to 1 and no further; scale "
+                "them into [0, 1], or set method.reward_adaptive_kl=advantage or off",
+                reward.min(),
+                reward.max(),
+            )
 
     def _strength(self, rollout: Rollout, signal: Tensor) -> Tensor:
         """b of eq. 8, (B,)."""

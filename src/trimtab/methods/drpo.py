@@ -82,7 +82,8 @@ class FieldConfig(Strict):
 
 
 class DrPOConfig(FieldConfig):
-    """Defaults: the settings published for SD-Turbo, but for its feature map, whose weights are for one VAE alone."""
+    """Defaults: the settings published for SD-Turbo, but for its feature map, whose weights are for one VAE alone, and
+    for the sum over that map's keys."""
 
     name: Literal["drpo"] = "drpo"
     variant: Literal["online", "offline", "binary"] = "online"  # offline: data.pairs in place of rewards

@@ -294,9 +294,17 @@ def _few_step(model: str, adapters: Adapters) -> str | None:
     return f"model {model!r}" if few or model in STUDENTS else None
 
 
-def check_tokens(settings: TokenSettings, model: str) -> None:
-    """UserError unless the model has a place for such soft tokens. Loads no weights."""
-    sites(skeleton(model), settings)
+def check_tokens(settings: TokenSettings, model: str, *, from_text: bool = False) -> None:
+    """UserError unless the model has a place for such soft tokens, and they can start as text where they are to. Loads
+    no weights."""
+    network = skeleton(model)
+    found = sites(network, settings)
+    text = network.config.get("joint_attention_dim") or network.config.cross_attention_dim
+    if from_text and text != found.width:
+        raise UserError(
+            f"soft tokens of width {found.width} can't start as text of model {model!r}, whose width is {text}; set "
+            "method.tokens_start=normal, as in the recipes of its family."
+        )
 
 
 def skeleton(model: str) -> torch.nn.Module:

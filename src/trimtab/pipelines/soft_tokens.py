@@ -265,13 +265,8 @@ class SoftTokens:
 
     @torch.no_grad()
     def start_at(self, token: Tensor) -> None:
-        """Make every base token of every role this one (D,); UserError where tokens are of another width."""
+        """Make every base token of every role this one (D,)."""
         for bank in self.banks.values():
-            if token.shape != bank.base.shape[-1:]:
-                raise UserError(
-                    f"text tokens of width {len(token)} can't start soft tokens of width {bank.base.shape[-1]}; "
-                    "set method.tokens_start=normal."
-                )
             bank.base[:] = token
 
     @contextmanager
