@@ -83,7 +83,7 @@ def test_a_needed_column_that_no_prompt_has_is_named(reward):
         r"'mine.py:f' needs word, which no prompt has; 'a' \(p.jsonl, line 1\) has target: give JSONL with that key"
     )
     with pytest.raises(UserError, match=message):
-        f.check(Prompts(("a", "b"), ({"target": "x", "where": "p.jsonl, line 1"}, {}), (0, 1)))
+        f.check(Prompts(("a", "b"), ({"target": "x"}, {}), (0, 1), ("p.jsonl, line 1", "p.jsonl, line 2")))
 
 
 def test_a_needed_column_that_some_prompts_lack_is_none_for_them_and_the_first_is_told(reward, caplog):

@@ -102,7 +102,10 @@ def test_the_old_field_gets_no_gradient():
 
 def method(face, batch_size, **config):
     rollouts = SimpleNamespace(
-        config=RolloutConfig(num_inference_steps=4), time_grid=lambda: face.time_grid(4), mean_length=len
+        config=RolloutConfig(num_inference_steps=4),
+        time_grid=lambda: face.time_grid(4),
+        mean_length=len,
+        training_scale=1.0,
     )
     return DiffusionNFT(DiffusionNFTConfig(num_train_times=2, **config), face, rollouts, batch_size)
 

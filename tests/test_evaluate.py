@@ -284,8 +284,8 @@ def test_a_role_does_not_drift_from_itself_and_its_drift_is_that_of_its_field(ti
     assert evaluate.drift(face, "default", "ref", latents, PROMPTS, group, SETTING) == 0
     predict = face.predict
 
-    def moved(x_t, t, condition, role):
-        prediction = predict(x_t, t, condition, role)
+    def moved(x_t, t, condition, role, scale):
+        prediction = predict(x_t, t, condition, role, scale)
         return prediction if role == "ref" else SimpleNamespace(flow=prediction.flow + 0.3)
 
     face.predict = moved

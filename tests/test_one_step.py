@@ -379,7 +379,8 @@ def skip(rank: int, folder: str, model: str, variant: str) -> None:
     config = DrPOConfig(variant=variant, num_positive=2, num_negative=2, num_rounds=3, features={"kind": "latents"})
     learner = Learner(DrPO(config, face, rollouts, 8), accelerator, OptimizerConfig(learning_rate=1e-2), 2)
     records = [record.metrics for record in learner.run()]
-    assert [r["frac_skipped"] for r in records] == [float(rank == 0), 1.0]
+    assert [r["frac_skipped"] for r in records] == [0.5, 1.0]  # of both processes
+    assert records[1]["images"] == {"online": 8, "binary": 24}[variant]
     expected = {"online": 2, "binary": 6 - 2 * rank}[variant]  # rounds differ, too
     assert len(asked) == expected
     save_file({n: p.detach() for n, p in face.roles.parameters("default").items()}, f"{folder}/{rank}.safetensors")

@@ -12,8 +12,9 @@ from trimtab.worlds import blocks
 
 def prompts(*lines):
     """Prompts of metadata lines, each as from a file."""
-    lines = [{"prompt": "a thing", "where": f"p.jsonl, line {i}"} | line for i, line in enumerate(lines, 1)]
-    return Prompts(tuple(line["prompt"] for line in lines), tuple(lines), tuple(range(len(lines))))
+    lines = [{"prompt": "a thing"} | line for line in lines]
+    places = tuple(f"p.jsonl, line {i + 1}" for i in range(len(lines)))
+    return Prompts(tuple(line["prompt"] for line in lines), tuple(lines), tuple(range(len(lines))), places)
 
 
 GOOD = blocks.contents("colors")[0] | {"prompt": "a red circle"}

@@ -10,6 +10,7 @@ import torch
 
 from trimtab import noise
 from trimtab.batch import Condition, Prompts
+from trimtab.errors import StoppedTogether, UserError
 from trimtab.prediction import Prediction
 from trimtab.process import RectifiedFlow
 from trimtab.processes import Processes
@@ -181,7 +182,22 @@ def test_where_one_rank_is_left_with_nothing_both_stop():
 
     said = on_two_ranks(outcome=lambda rank: str(rank.exception(timeout=120)), reward=never, num_prompts=2)
     assert said[0] == "only 0 of 3 pictures were scored, no two of them of one prompt"
-    assert said[1] == "on another process no two pictures of one prompt were scored"
+    assert said[1] == "another process had to stop, and says why"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no server"), UserError("the key is missing.")])
+def test_a_reward_that_fails_on_one_rank_stops_both(error):
+    first = collect(step=2, num_prompts=2).prompts.text[0]
+
+    def broken(images, prompts, metadata):
+        if prompts[0] == first:
+            raise error
+        return brightness(images, prompts, metadata)
+
+    said = on_two_ranks(outcome=lambda rank: rank.exception(timeout=120), reward=broken, num_prompts=2)
+    assert [type(each) for each in said] == [StoppedTogether, StoppedTogether]
+    assert str(error) in str(said[0])
+    assert str(said[1]) == "another process had to stop, and says why"
 
 
 def first_missing():

@@ -92,15 +92,6 @@ def test_an_empty_prompt_that_is_asked_for_is_encoded_even_where_zeros_stand_for
     assert gap(face.encode([""]).pooled, pooled) < 1e-6
 
 
-@torch.no_grad()
-def test_the_auto_encoder_computes_in_float32_whatever_the_network_does(tiny_sdxl_folder, build_face):
-    half, face = build_face(tiny_sdxl_folder, precision=torch.bfloat16), build_face(tiny_sdxl_folder)
-    latents, images = noise(2, 4, 8, 8), noise(2, 3, 32, 32).sigmoid()
-    assert half.roles.network.conv_in.weight.dtype == torch.bfloat16
-    assert torch.equal(half.decode(latents), face.decode(latents))
-    assert torch.equal(half.encode_images(images), face.encode_images(images))
-
-
 def test_the_grid_ends_in_clean_data_whatever_key_of_ddim_the_file_holds(tiny_sdxl_folder, build_face):
     face = build_face(tiny_sdxl_folder)
     assert face.pipe.scheduler.config.set_alpha_to_one is False

@@ -29,21 +29,22 @@ def test_text_is_one_prompt_a_line_with_facts_where_the_world_knows_them(file):
     assert prompts.index == (0, 1)
     assert prompts.metadata[0]["include"] == [{"class": "star", "count": 2}]
     assert "include" not in prompts.metadata[1]
-    assert prompts.metadata[1]["where"] == f"{path}, line 3"  # blank lines count
+    assert prompts.lines == (f"{path}, line 1", f"{path}, line 3")  # blank lines count
+    assert prompts[[1]].place(0) == f"{path}, line 3"
 
 
 def test_jsonl_keeps_its_own_columns_and_facts(file):
-    own = {"prompt": "a photo of two stars", "tag": "mine", "include": [{"class": "ring", "count": 1}], "target": 7}
+    own = {"prompt": "a photo of two stars", "tag": "mine", "include": [{"class": "ring", "count": 1}], "where": "here"}
     path = file("p.jsonl", json.dumps(own) + "\n" + json.dumps({"prompt": "a red ring", "tag": "mine"}))
     first, second = load_prompts(path).metadata
-    assert first == {**own, "where": f"{path}, line 1"}
+    assert first == own
     assert second["include"] == [{"class": "ring", "count": 1, "color": "red"}]
     assert second["tag"] == "mine"  # and not the world's
 
 
 def test_a_null_fact_is_none(file):
     path = file("p.jsonl", '{"prompt": "a cat", "tag": null, "include": null, "exclude": null, "target": null}')
-    assert load_prompts(path).metadata == ({"prompt": "a cat", "target": None, "where": f"{path}, line 1"},)
+    assert load_prompts(path).metadata == ({"prompt": "a cat", "target": None},)
     path = file("p.jsonl", '{"prompt": "two stars", "tag": null, "include": null}')
     assert load_prompts(path).metadata[0]["include"] == [{"class": "star", "count": 2}]
 

@@ -12,17 +12,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompts:
-    """P prompts; `index` numbers them within their whole file or world, and seeds their noise."""
+    """P prompts; `index` numbers them within their whole file or world, and seeds their noise. `lines` says where in a
+    file each stands, for messages about it."""
 
     text: tuple[str, ...]
     metadata: tuple[Mapping[str, Any], ...]
     index: tuple[int, ...]
+    lines: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.text)
 
     def __getitem__(self, items: Sequence[int]) -> Self:
-        return Prompts(*(tuple(column[i] for i in items) for column in (self.text, self.metadata, self.index)))
+        columns = (self.text, self.metadata, self.index, self.lines)
+        return Prompts(*(tuple(column[i] for i in items) if column else () for column in columns))
+
+    def place(self, item: int) -> str:
+        """Where a prompt stands, in words."""
+        return self.lines[item] if self.lines else "a prompt"
 
     def of(self, group: Tensor) -> tuple[list[str], list[dict[str, Any]]]:
         """The prompt of each sample, by its number here (B,), and its metadata, a copy that a reward may change."""
@@ -30,8 +37,7 @@ class Prompts:
 
     def sha256(self) -> str:
         """Of what they say and ask for, on whatever lines of whatever file."""
-        facts = [{key: value for key, value in line.items() if key != "where"} for line in self.metadata]
-        return hashlib.sha256(json.dumps([self.text, facts], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.text, self.metadata], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

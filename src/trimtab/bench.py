@@ -13,6 +13,7 @@ import torch
 
 from trimtab.errors import UserError
 from trimtab.inputs import PRETRAIN, check
+from trimtab.learner import wait
 from trimtab.pipelines import Pipeline
 from trimtab.processes import launched
 from trimtab.recipe import RunConfig
@@ -97,11 +98,11 @@ def _network_rates(pipeline: Pipeline, config: RunConfig) -> tuple[float, float]
 
 def _rate(call: Callable[[], Any], size: int, device: torch.device) -> float:
     call()
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     for _ in range(REPEATS):
         call()
-    _wait(device)
+    wait(device)
     return REPEATS * size / (time.perf_counter() - started)
 
 
@@ -111,9 +112,10 @@ def _time_calls(pipeline: Pipeline) -> dict[str, float]:
 
     def timed(name: str, call: Callable) -> Callable:
         def counted(*args: Any, **kwargs: Any) -> Any:
+            wait(pipeline.device)  # for what came before
             started = time.perf_counter()
             result = call(*args, **kwargs)
-            _wait(pipeline.device)
+            wait(pipeline.device)
             spent[name] += time.perf_counter() - started
             return result
 
@@ -122,11 +124,6 @@ def _time_calls(pipeline: Pipeline) -> dict[str, float]:
     for name in ("predict", "decode", "encode"):
         setattr(pipeline, name, timed(name, getattr(pipeline, name)))
     return spent
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _device(device: torch.device) -> str:

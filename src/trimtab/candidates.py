@@ -230,7 +230,7 @@ def successes_and_failures(
         reward, group = (torch.cat([getattr(each, name) for each in rounds]) for name in ("reward", "group"))
         seen = {g: reward[group == g] > threshold for g in waiting}
         waiting = [g for g in waiting if len(seen[g]) and _short(seen[g], num_each)]  # none scored: none will be
-    comparable(reward, group, rollouts.processes)
+    comparable(reward, group)
     rollout = _joined(rounds, prompts, rollouts.pipeline)
     good = rollout.reward > threshold
     best, worst = torch.zeros_like(good), torch.zeros_like(good)
@@ -270,10 +270,14 @@ class Offline:
     def collect(self, step: int, role: str) -> tuple[Ranked, dict[str, float]]:
         """The candidates of a step; UserError for a picture that proves broken, or its prompt may teach nothing."""
         drawn, _ = self.rollouts.draw(self.rollouts.prompts_of(step), step, role, decoded=False)
-        better, worse = (self._anchors(drawn.prompts, column) for column in (self.pairs.chosen, self.pairs.rejected))
+        columns = (self.pairs.chosen, self.pairs.rejected)
+        with self.rollouts.processes.together():
+            better, worse = (self._anchors(drawn.prompts, column) for column in columns)
         rows = (torch.isin(drawn.group, better.group) & torch.isin(drawn.group, worse.group)).nonzero().squeeze(1)
         learns = torch.ones_like(drawn.group, dtype=torch.bool)
-        log = {"images": float(len(drawn)), "skipped_pictures": float(sum(x is None for x in self.known.values()))}
+        asked = {number for column in columns for index in drawn.prompts.index for number in column[index]}
+        skipped = sum(number in self.known and self.known[number] is None for number in asked)
+        log = {"images": float(len(drawn)), "skipped_pictures": float(skipped)}
         return Ranked(drawn, learns, better, worse, len(drawn.prompts))[rows], log
 
     def _anchors(self, prompts: Prompts, column: tuple[tuple[int, ...], ...]) -> Anchors:

@@ -39,7 +39,6 @@ from trimtab.worlds.pictures import CURE, Pictures, Unusable
 logger = logging.getLogger(__name__)
 
 STATS = ("mean", "std")  # of a picture's latents
-MOST_AT_ONCE = 8  # pictures that the auto-encoder gets; its memory, not its speed, grows with them
 
 Visit = tuple[int, int]  # the number of a picture, and that of one of its captions
 
@@ -325,8 +324,7 @@ class Captioned:
         """Mean and standard deviation (B, C, h, w)."""
 
         def encode(missing: list[int]) -> dict[str, Tensor]:
-            pixels = torch.stack([items[i].pixels for i in missing])  # (M, 3, H, W)
-            parts = [self.pipeline.posterior(part.float() / 255) for part in pixels.split(MOST_AT_ONCE)]
+            parts = [self.pipeline.posterior(items[i].pixels[None].float() / 255) for i in missing]
             return {name: torch.cat(column) for name, column in zip(STATS, zip(*parts, strict=True), strict=True)}
 
         known = self._complete(self.reader.latents, [item.posterior for item in items], encode)
@@ -334,18 +332,16 @@ class Captioned:
 
     def _condition(self, items: Sequence[Item]) -> Condition:
         def embed(missing: list[int]) -> dict[str, Tensor]:
-            return _tensors(self.pipeline.embed([items[i].text for i in missing]))
+            return _tensors(self.pipeline.encode([items[i].text for i in missing]))
 
         return replace(self.empty, **self._complete(self.reader.texts, [item.embedding for item in items], embed))
 
     def _complete(
         self, cache: Cache, entries: Sequence[Entry], compute: Callable[[list[int]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The tensors of all entries, stacked by name; the unknown ones are computed together and kept.
-
-        A worker looked ahead of the steps before this one, so what it missed is looked up again: which are computed
-        together, and so the last bit, is then no matter of chance.
-        """
+        """The tensors of all entries, stacked by name; the unknown ones are computed and kept. Each is computed alone:
+        among others its last bits would depend on what else was unknown, and so on what a cache holds."""
+        # A worker looked ahead of the steps before this one, so what it missed is looked up again.
         entries = [cache.find(entry.key) if entry.tensors is None else entry for entry in entries]
         missing = [i for i, entry in enumerate(entries) if entry.tensors is None]
         new = compute(missing) if missing else {}

@@ -188,18 +188,19 @@ def _noises(seeds: list[int], shape: tuple[int, ...], number: int) -> Tensor:
 def drift(
     pipeline: Pipeline, role: str, reference: str, latents: Tensor, prompts: Prompts, group: Tensor, setting: Setting
 ) -> float:
-    """Mean square difference of two roles' unguided fields on the first one's own samples, over times and dimensions.
+    """Mean square difference of two roles' fields, unguided where they can be, on the first one's own samples, over
+    times and dimensions.
 
     With the weight (1 - t) / t in place of 1, and a sum over dimensions, it would be KL (docs/notation.md).
     """
-    total = 0.0
+    total, scale = 0.0, pipeline.training_scale(setting.guidance_scale)
     for part in setting.parts(len(group), setting.resolution or pipeline.resolution):
         x0, own = latents[part.to(latents.device)], pipeline.encode([prompts.text[g] for g in group[part]])
         for number in range(DRIFT_TIMES):
             t = torch.tensor((number + 0.5) / DRIFT_TIMES)
             eps = noise.normal([(setting.seed, int(i), number, noise.TRAINING) for i in part], x0.shape[1:])
             x_t = pipeline.process.noised(x0, eps.to(x0), t.to(x0))
-            fields = [pipeline.predict(x_t, t, own, name).flow for name in (role, reference)]
+            fields = [pipeline.predict(x_t, t, own, name, scale).flow for name in (role, reference)]
             total += denoising_error(*fields).sum().item() / DRIFT_TIMES
     return total / len(group)
 

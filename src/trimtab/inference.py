@@ -15,6 +15,7 @@ from trimtab.batch import Prompts
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import atomic_write, check_folder
 from trimtab.pipelines import Pipeline, loading
+from trimtab.processes import check_one_process
 from trimtab.rewards import BUILT_IN, check_side
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards.composite import RewardFailed
@@ -40,6 +41,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """`trimtab evaluate`: the results, also in `folder`. UserError where that holds an evaluation of something else;
     RunStopped where a reward fails for all pictures, which are kept."""
+    check_one_process("trimtab evaluate")
     check_folder(folder)
     prompts = load_prompts(suite, "test")
     about, hashes = {"model": model, "adapters": list(adapters)}, _hashes(suite, prompts, rewards)
@@ -117,6 +119,7 @@ def sample(
     **how: Any,
 ) -> list[Path]:
     """`trimtab sample`: the files written, one a picture, named by prompt and seed. None replaces another picture."""
+    check_one_process("trimtab sample")
     check_folder(folder)
     precision = precision or _usual_precision()
     pipeline, role = _opened(model, adapters, precision, resolution)

@@ -55,8 +55,8 @@ class Inputs:
     adapters: Adapters = field(default_factory=Adapters)  # what changes the model before it is trained
 
     def hashes(self) -> dict[str, str]:
-        """What is learnt from, each as one number, as `config.yaml` keeps it."""
-        read = {"prompts": self.prompts, "pairs": self.pairs}
+        """What is learnt from and evaluated, each as one number, as `config.yaml` keeps it."""
+        read = {"prompts": self.prompts, "pairs": self.pairs, "suite": self.unseen}
         return {f"{name}_sha256": each.sha256() for name, each in read.items() if each is not None}
 
 

@@ -9,19 +9,23 @@ to go on bit for bit.
 """
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from trimtab.method import Method
 from trimtab.optimizer import OptimizerConfig, adamw, lr_factor, rate_of
+from trimtab.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +92,15 @@ class Learner:
     def _update(self, batch: Any, log: dict[str, list]) -> None:
         """One optimizer update of every network that the batch's losses name."""
         totals: dict[str, Tensor] = {}
-        for loss in self._timed(partial(self.method.losses, batch), "forward", log):
-            started = time.perf_counter()
-            loss.value.backward(inputs=list(self.parameters[loss.network].values()))
-            log["seconds/backward"].append(time.perf_counter() - started)
-            totals[loss.network] = totals.get(loss.network, 0) + loss.value.detach()
-            for name, value in loss.metrics.items():
-                log[name].append(value)
+        with Processes.of(self.accelerator).together():
+            for loss in self._timed(partial(self.method.losses, batch), "forward", log):
+                started = time.perf_counter()
+                loss.value.backward(inputs=list(self.parameters[loss.network].values()))
+                wait(self.accelerator.device)
+                log["seconds/backward"].append(time.perf_counter() - started)
+                totals[loss.network] = totals.get(loss.network, 0) + loss.value.detach()
+                for name, value in loss.metrics.items():
+                    log[name].append(value)
         agreed = {name: self._agreed(name, totals.get(name)) for name in self.parameters}
         for name, total in agreed.items():
             if total is not None:
@@ -146,9 +152,11 @@ class Learner:
         started = time.perf_counter()
         iterator = iter(make())
         while (item := next(iterator, None)) is not None:
+            wait(self.accelerator.device)
             log[f"seconds/{phase}"].append(time.perf_counter() - started)
             yield item
             started = time.perf_counter()
+        wait(self.accelerator.device)
         log[f"seconds/{phase}"].append(time.perf_counter() - started)
 
     def _summary(self, log: dict[str, list], seconds: float) -> dict[str, float]:
@@ -158,7 +166,29 @@ class Learner:
             name: float(sum(values)) if name.startswith(summed) else float(sum(map(float, values)) / len(values))
             for name, values in log.items()
         }
-        return metrics | {"updates": self.updates, "seconds/step": seconds}
+        metrics |= {"updates": self.updates, "seconds/step": seconds}
+        return metrics if self.accelerator.num_processes == 1 else _of_all(gather_object([metrics]))
+
+
+def wait(device: torch.device) -> None:
+    """Until an accelerator has done what it was told: else a clock would show when it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _of_all(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """What processes say of one step as one: counts are added, of times the longest counts, all else is averaged."""
+    joined = {}
+    for name in dict.fromkeys(chain(*metrics)):
+        values = [each[name] for each in metrics if name in each]
+        if name == "images" or name.startswith("failed/"):
+            joined[name] = sum(values)
+        elif name.startswith("seconds/"):
+            joined[name] = max(values)
+        else:
+            known = [value for value in values if not math.isnan(value)]
+            joined[name] = sum(known) / len(known) if known else math.nan
+    return joined
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -17,7 +17,7 @@ from trimtab.inputs import ONE_STEP, ONLINE, check
 from trimtab.processes import check_one_process, launched
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
-from trimtab.run import ABOUT
+from trimtab.run import ABOUT, check_same_inputs
 from trimtab.wiring import Display, Run, build
 
 
@@ -43,6 +43,7 @@ def write_pairs(
     if (output / "pairs.jsonl").exists():
         raise UserError(f"{output} holds pairs.jsonl already, and nothing is replaced; give --output another folder.")
     inputs = check(config)
+    check_same_inputs(config, inputs, load_yaml(folder / "config.yaml"))
     run = build(config, folder, launched(), inputs, display)
     if saved is not None:
         run.learner.load_state(checkpoint.load(saved))

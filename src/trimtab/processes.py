@@ -1,7 +1,8 @@
 """The processes that share a run: how they start, which of them this one is, and what all have together."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from trimtab.errors import UserError
+from trimtab.errors import RunStopped, StoppedTogether, UserError
 
 SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # as accelerate launch says it
 
@@ -43,6 +44,20 @@ class Processes:
     def everybody(self, x: Tensor) -> Tensor:
         """x (N, ...) of all processes, one after the other; each must ask, with the same shape."""
         return x if self.gather is None else self.gather(x)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Where one process can't go on (UserError, RunStopped) in here, all stop: StoppedTogether at the end of the
+        block, which every process must reach. What is asked of `everybody` in here must come before what may fail."""
+        failure = None
+        try:
+            yield
+        except (UserError, RunStopped) as error:
+            failure = error
+        if self.number == 1 and failure is not None:
+            raise failure
+        if self.everybody(torch.tensor([float(failure is not None)])).any():
+            raise StoppedTogether(str(failure or "another process had to stop, and says why")) from failure
 
 
 ALONE = Processes()

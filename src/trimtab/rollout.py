@@ -70,9 +70,10 @@ class Rollouts:
         started = time.perf_counter()
         drawn, images = self.draw(self.prompts_of(step), step, role)
         sampled = time.perf_counter()
-        scored = self.scores(drawn, images)
+        with self.processes.together():
+            scored = self.scores(drawn, images)
+            kept = comparable(scored.total, drawn.group)
         seconds = {"seconds/sampling": sampled - started, "seconds/rewards": time.perf_counter() - sampled}
-        kept = comparable(scored.total, drawn.group, self.processes)
         total = scored.total if combine is None else combine(scored, self.rewards, drawn.group)
         rollout = self.rewarded(drawn[kept], total[kept])
         log = self.log(scored, rollout) | {"reward": scored.total[kept].mean().item()}
@@ -141,6 +142,11 @@ class Rollouts:
         scaled = reward / (self._spread(reward, drawn.group) + ADVANTAGE_EPS)
         return replace(drawn, reward=reward, scaled=scaled, advantage=groups.centred(scaled, drawn.group))
 
+    @property
+    def training_scale(self) -> float:
+        """The guidance under which samples of a rollout are trained on."""
+        return self.pipeline.training_scale(self.config.guidance_scale)
+
     def time_grid(self) -> Tensor:
         """Falling times (T + 1,) that the solver visits."""
         return self.pipeline.time_grid(self.config.num_inference_steps, self.resolution)
@@ -181,17 +187,14 @@ class Rollouts:
         return log | {f"failed/{name}": float(count) for name, count in scored.failed.items()}
 
 
-def comparable(total: Tensor, group: Tensor, processes: Processes) -> Tensor:
-    """Indices of the pictures that have a score and at least one scored sibling; RewardFailed, in every process, where
-    one of them is left without any."""
+def comparable(total: Tensor, group: Tensor) -> Tensor:
+    """Indices of the pictures that have a score and at least one scored sibling; RewardFailed where there is none."""
     scored = total.isfinite()
     siblings = torch.bincount(group, weights=scored.double())[group]
     kept = (scored & (siblings > 1)).nonzero().squeeze(1)
-    if not processes.everybody(torch.tensor([float(len(kept))])).all():
+    if not len(kept):
         raise RewardFailed(
             f"only {int(scored.sum())} of {len(total)} pictures were scored, no two of them of one prompt"
-            if not len(kept)
-            else "on another process no two pictures of one prompt were scored"
         )
     return kept
 

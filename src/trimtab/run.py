@@ -2,7 +2,7 @@
 
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import yaml
 
 from trimtab import checkpoint, evaluate
 from trimtab.config import RECIPES, dump, find_recipe, load_yaml, override, validate
-from trimtab.errors import RunStopped, UserError
+from trimtab.errors import RunStopped, StoppedTogether, UserError
 from trimtab.files import as_umask, atomic_write, lock
 from trimtab.inputs import DISTILLATION, ONE_STEP, Inputs, check
 from trimtab.learner import Record
@@ -23,11 +23,11 @@ from trimtab.recipe import RunConfig
 from trimtab.report import write_report
 from trimtab.report.card import write_card
 from trimtab.rewards import BUILT_IN
-from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import REFERENCE
 from trimtab.wiring import Display, Run, build
 
-ABOUT = ("command", "revision", "versions", "prompts_sha256", "pairs_sha256")  # what config.yaml says beside the recipe
+HASHES = ("prompts_sha256", "pairs_sha256", "suite_sha256")
+ABOUT = ("command", "revision", "versions", *HASHES)  # what config.yaml says beside the recipe
 PLACE = ("name", "output_dir")  # a folder may have been moved
 MAY_CHANGE = {  # at a resume: settings that shape no undisturbed result
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "num_validation_prompts",
@@ -110,11 +110,18 @@ def _check_unchanged(config: RunConfig, inputs: Inputs, file: Path) -> None:
             f"{file} has {key}={_flat(before).get(key)} and the resumed run was given {_flat(now).get(key)}; "
             "resume with the same configuration, or give the changed run another name=... ."
         )
+    check_same_inputs(config, inputs, written)
+
+
+def check_same_inputs(config: RunConfig, inputs: Inputs, written: Mapping[str, Any]) -> None:
+    """UserError where prompts, pairs or the suite are no longer what config.yaml, as it was `written`, says of them."""
+    files = {"prompts": config.data.prompts, "pairs": config.data.pairs, "suite": config.evaluation.suite}
     for key, number in inputs.hashes().items():
         if written.get(key, number) != number:  # runs from before this was written down are believed
+            name = key.removesuffix("_sha256")
             raise UserError(
-                f"the {key.removesuffix('_sha256')} of {config.data.pairs or config.data.prompts} are no longer those "
-                "of the interrupted run; put them back, or give the changed run another name=... ."
+                f"the {name} of {files[name] or config.data.prompts} are no longer those of the run in "
+                f"{Path(config.output_dir) / config.name}; put them back, or give the changed run another name=... ."
             )
 
 
@@ -148,7 +155,7 @@ def _learn(run: Run) -> None:
                 _pictures(run, record.step)
             if record.step % training.checkpointing_steps == 0 or record.step == total:
                 _save(run)
-    except (RewardFailed, UserError) as error:
+    except (RunStopped, UserError) as error:
         cause = str(error).rstrip(".")
         if run.learner.moved:  # in the middle of a step, which a resume could not go on with
             kept = checkpoint.latest(run.folder)
@@ -156,6 +163,8 @@ def _learn(run: Run) -> None:
         else:
             _save(run)
             cause += f"; the run is saved at step {run.learner.step}"
+        if isinstance(error, StoppedTogether):
+            run.accelerator.wait_for_everyone()  # one that left would have the launcher end the one that saves
         raise RunStopped(f"{cause}, mend this and --resume.") from error
     except Exception:
         if not run.learner.moved:

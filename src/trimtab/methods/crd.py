@@ -364,12 +364,12 @@ class CRD:
         return implicit_reward(v, v_old, at.target, self.config.adaptive_logp)
 
     def _now(self, at: Points) -> Prediction:
-        return self.pipeline.predict(at.x_t, at.t, at.condition, TRAINED)
+        return self.pipeline.predict(at.x_t, at.t, at.condition, TRAINED, self.rollouts.training_scale)
 
     @torch.no_grad()
     def _old(self, at: Points) -> Tensor:
         role = OLD if self.config.use_old_for_loss else REFERENCE
-        return self.pipeline.predict(at.x_t, at.t, at.condition, role).flow
+        return self.pipeline.predict(at.x_t, at.t, at.condition, role, self.rollouts.training_scale).flow
 
     @torch.no_grad()
     def _anchor(self, at: Points) -> Prediction | None:

@@ -138,9 +138,8 @@ class DiffusionNFT:
     def _loss(self, at: Points, advantage: Tensor, num_terms: float) -> Loss:
         config, process = self.config, self.pipeline.process
         with torch.no_grad():
-            v_old = self.pipeline.predict(at.x_t, at.t, at.condition, OLD).flow
-            before = self.pipeline.predict(at.x_t, at.t, at.condition, REFERENCE)
-        now = self.pipeline.predict(at.x_t, at.t, at.condition, TRAINED)
+            v_old, before = self._said(at, OLD).flow, self._said(at, REFERENCE)
+        now = self._said(at, TRAINED)
         signal = (
             advantage.clamp(-config.adv_clip_range, config.adv_clip_range) / (2 * config.adv_clip_range) + 0.5
         ).to(now.x_t)
@@ -149,3 +148,6 @@ class DiffusionNFT:
         drift = denoising_error(now.value, before.value)  # (B,)
         metrics = {"kl": drift.mean().detach(), "old_deviate": denoising_error(now.flow.detach(), v_old).mean()}
         return Loss(TRAINED, value + config.kl_beta * drift.sum() / num_terms, metrics)
+
+    def _said(self, at: Points, role: str) -> Prediction:
+        return self.pipeline.predict(at.x_t, at.t, at.condition, role, self.rollouts.training_scale)

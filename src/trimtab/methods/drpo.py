@@ -263,7 +263,8 @@ class DrPO:
             batch, self.log = self.offline.collect(step, TRAINED)
         elif config.variant == "binary":
             settings = (config.threshold, config.num_positive, config.num_rounds)
-            batch, self.log = successes_and_failures(self.rollouts, step, TRAINED, *settings)
+            with self.rollouts.processes.together():
+                batch, self.log = successes_and_failures(self.rollouts, step, TRAINED, *settings)
         else:
             rollout, self.log = self.rollouts.collect(step, TRAINED, in_units_of_siblings)
             batch = ranked(rollout, config.num_positive, config.num_negative)

@@ -270,9 +270,10 @@ class GNDM:
         """Eq. 4: sum_m weight_m clip(R~_m) (B,), NaN where a picture has no score."""
         parts = x0.split(self.student.config.sample_batch_size)
         images = torch.cat([self.pipeline.decode(part).cpu() for part in parts])
-        scored = self.rewards.score(images, *draw.prompts.of(draw.group), draw.group)
-        if self.black:
-            comparable(scored.total, draw.group, self.student.processes)  # or RewardFailed, everywhere
+        with self.student.processes.together():
+            scored = self.rewards.score(images, *draw.prompts.of(draw.group), draw.group)
+            if self.black:
+                comparable(scored.total, draw.group)
         total = torch.where(scored.total.isnan(), torch.nan, 0.0)
         self.log |= {"reward": scored.total.nanmean().item()}
         for name, raw in scored.raw.items():

@@ -76,6 +76,9 @@ class Pipeline(Protocol):
     ) -> Prediction:
         """What the weights of `role` say at x_t (B, ...) and t, () or (B,), for B conditions; w = 1 is no guidance."""
 
+    def training_scale(self, guidance_scale: float) -> float:
+        """The guidance under which a role is trained whose samples are drawn with `guidance_scale`."""
+
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w) of the latents of pictures (B, 3, H, W) in [0, 1]."""
 

@@ -25,8 +25,10 @@ from trimtab.process import Process
 from trimtab.roles import Roles
 from trimtab.solvers import Predict, guided, ode
 
-PIXELS_AT_ONCE = {"cpu": 2**16}  # decoded; what then stays in the caches: twice as fast as 128 pictures at once
-
+# Pixels decoded at once. On a CPU what stays in its caches: twice as fast as 128 pictures. With gradient, one part at a
+# time is computed again: Stable Diffusion's auto-encoder takes 17 GiB for a picture of 1024 pixels.
+AT_ONCE_PX = {"cpu": 2**16}
+WITH_GRADIENT_PX, WITHOUT_PX = 2**18, 2**22
 REMEMBERED = 2**32  # bytes of embedded prompts that are kept
 
 
@@ -38,7 +40,6 @@ class Face:
     TARGETS: ClassVar[tuple[str, ...]]  # modules that a LoRA changes unless told otherwise
     SCHEDULERS: ClassVar[tuple[type[SchedulerMixin], ...]]  # whose times are known
     PACKED: ClassVar[int] = 1  # latents a side that the network takes as one, beside its own patches
-    HALF_VAE: ClassVar[bool] = True  # whether the auto-encoder stands half precision
 
     def __init__(self, pipe: DiffusionPipeline, roles: Roles, precision: torch.dtype, process: Process, kind: Kind):
         self.pipe, self.roles, self.precision = pipe, roles, precision
@@ -140,6 +141,10 @@ class Face:
         found = [getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
         self._offloaded = [encoder.to("cpu") for encoder in found if encoder is not None]
 
+    def training_scale(self, guidance_scale: float) -> float:
+        """The guidance under which a role is trained whose samples are drawn with `guidance_scale`: none."""
+        return 1.0
+
     def embed(self, texts: Sequence[str]) -> Condition:
         """The condition of P prompts as the text encoders say it: not remembered, and with gradient if that is on."""
         with self._encoders_at_hand():
@@ -179,7 +184,7 @@ class Face:
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w) of the latents of pictures (B, 3, H, W) in [0, 1]."""
         vae = self.pipe.vae
-        with self._autocast(self.HALF_VAE):
+        with self._autocast():
             found = vae.encode(images.to(self.device) * 2 - 1).latent_dist
         mean = (found.mean.float().contiguous() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
         return mean, found.std.float().contiguous() * vae.config.scaling_factor
@@ -193,8 +198,9 @@ class Face:
         vae, wanted = self.pipe.vae, latents.requires_grad
         latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         side = latents.shape[-1] * self.pipe.vae_scale_factor
-        parts = latents.split(max(1, PIXELS_AT_ONCE.get(latents.device.type, 2**22) // side**2))
-        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()), self._autocast(self.HALF_VAE):
+        at_once = AT_ONCE_PX.get(latents.device.type, WITH_GRADIENT_PX if wanted else WITHOUT_PX)
+        parts = latents.split(max(1, at_once // side**2))
+        with torch.set_grad_enabled(wanted and torch.is_grad_enabled()), self._autocast():
             images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts])
             images = images.contiguous() / 2 + 0.5  # the auto-encoder's are channels-last, which `view` does not take
         limited = images.detach().clamp(0, 1)
@@ -244,9 +250,9 @@ class Face:
         with self._autocast():
             return self._output(role, x_t, t, condition, *extra).float()
 
-    def _autocast(self, half: bool = True) -> torch.autocast:
+    def _autocast(self) -> torch.autocast:
         """A new region for every forward: a longer one would keep casts of weights that have changed since."""
-        return torch.autocast(self.device.type, self.precision, enabled=half and self.precision != torch.float32)
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
 
 def joined(conditions: Sequence[Condition]) -> Condition:

@@ -76,6 +76,10 @@ class Flux(Flow):
         value = self._forward(role, x_t, t.expand(len(x_t)), condition, guidance_scale)
         return Prediction(value, self.kind, x_t, t, self.process)
 
+    def training_scale(self, guidance_scale: float) -> float:
+        """Where the scale is an input, samples are trained under the one that they were drawn with; 1 is not "off"."""
+        return guidance_scale if self.roles.network.config.guidance_embeds else 1.0
+
     def _output(
         self, role: str, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: float | None = None
     ) -> Tensor:

@@ -35,22 +35,26 @@ def _leave(*_) -> None:
 
 def _after(network: nn.Module, place: nn.Module) -> nn.Module:
     """The stage that runs next."""
-    if hasattr(network, "transformer_blocks"):
-        stages = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", []), network.norm_out]
-    else:
-        stages = [*network.down_blocks, network.mid_block, *network.up_blocks, network.conv_out]
+    blocks = _blocks(network)
+    unet = [] if blocks else [*network.down_blocks, network.mid_block, *network.up_blocks, network.conv_out]
+    stages = [*blocks, network.norm_out] if blocks else unet
     return stages[stages.index(place) + 1]
 
 
 def _checkpoints_blocks(network: nn.Module) -> bool:
     """Whether stages run within checkpoints, which nothing may leave: a transformer's do, a UNet has them inside."""
-    return hasattr(network, "transformer_blocks") and network.is_gradient_checkpointing
+    return bool(_blocks(network)) and network.is_gradient_checkpointing
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """A transformer's, in their order: FLUX has such with two streams first, and then such with one."""
+    return [*getattr(network, "transformer_blocks", ()), *getattr(network, "single_transformer_blocks", ())]
 
 
 def middle(network: nn.Module) -> nn.Module:
     """The module in the middle of a network; UserError where it is not known."""
-    blocks = getattr(network, "transformer_blocks", None)
-    if blocks is not None:
+    blocks = _blocks(network)
+    if blocks:
         return blocks[(len(blocks) - 1) // 2]
     if getattr(network, "mid_block", None) is not None:
         return network.mid_block
@@ -62,8 +66,8 @@ def middle(network: nn.Module) -> nn.Module:
 def around_the_middle(network: nn.Module) -> dict[str, nn.Module]:
     """Three places by name: of a UNet the third stage down, the middle and the first stage up; of an MMDiT the blocks
     after a quarter, half and three quarters of all. UserError for another kind of network."""
-    blocks = getattr(network, "transformer_blocks", None)
-    if blocks is not None:
+    blocks = _blocks(network)
+    if blocks:
         places = {f"block_{number}": number for number in (len(blocks) * part // 4 for part in (1, 2, 3))}
         return {name: blocks[number] for name, number in places.items()}
     if getattr(network, "mid_block", None) is not None:

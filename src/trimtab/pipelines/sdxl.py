@@ -1,7 +1,4 @@
-"""Stable Diffusion XL and SDXL-Turbo: a UNet that is told pooled text and the size of the picture beside the prompt.
-
-Half precision overflows in SDXL's auto-encoder, which therefore always computes in float32.
-"""
+"""Stable Diffusion XL and SDXL-Turbo: a UNet that is told pooled text and the size of the picture beside the prompt."""
 
 from collections.abc import Sequence
 
@@ -18,7 +15,6 @@ class SDXL(UNet):
     """A `StableDiffusionXLPipeline` with roles over its UNet."""
 
     PIPELINE = StableDiffusionXLPipeline
-    HALF_VAE = False
 
     def __init__(self, pipe: StableDiffusionXLPipeline, roles: Roles, precision: torch.dtype):
         super().__init__(pipe, roles, precision)

@@ -100,8 +100,8 @@ def _one(name: str, reader: _Reader) -> Reward:
 
 def _check_facts(name: str, prompts: Prompts) -> None:
     """Every prompt must say what is to be seen, in words of the world whose reader judges it."""
-    for text, line in zip(prompts.text, prompts.metadata, strict=True):
-        where = line.get("where", "a prompt")
+    for i, (text, line) in enumerate(zip(prompts.text, prompts.metadata, strict=True)):
+        where = prompts.place(i)
         if "include" not in line:
             raise UserError(
                 f"reward {name!r} needs facts, and {text!r} ({where}) has none; give JSONL with `include` in GenEval's "

@@ -107,9 +107,9 @@ class ColumnsFunction:
             if not lacking:
                 continue
             first, text = prompts.metadata[lacking[0]], prompts.text[lacking[0]]
-            where = f"{text!r} ({first.get('where', 'a prompt')})"
+            where = f"{text!r} ({prompts.place(lacking[0])})"
             if len(lacking) == len(prompts):
-                has = ", ".join(sorted(first.keys() - {"where"})) or "nothing"
+                has = ", ".join(sorted(first)) or "nothing"
                 raise UserError(
                     f"reward {self.reference!r} needs {name}, which no prompt has; {where} has {has}: give JSONL with "
                     "that key, or the parameter a default."

@@ -35,10 +35,10 @@ def load_prompts(source: str, split: str = "train") -> Prompts:
 
 
 def _prompts(lines: list[tuple[dict[str, Any], str]]) -> Prompts:
-    """The place of a line, for messages about it, travels as metadata `where`."""
-    text = tuple(line["prompt"] for line, _ in lines)
-    metadata = tuple({**line, "where": where} if where else line for line, where in lines)
-    return Prompts(text, metadata, tuple(range(len(lines))))
+    """Lines, and where each stands, or "" of blocks."""
+    metadata, places = zip(*lines, strict=True)
+    text = tuple(line["prompt"] for line in metadata)
+    return Prompts(text, metadata, tuple(range(len(lines))), places if any(places) else ())
 
 
 def _file(path: Path, split: str) -> Path:
