@@ -144,8 +144,29 @@ def test_what_is_on_disk_is_not_encoded_again_and_gives_the_same_bits(captioned,
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(face, "posterior", never)
-    monkeypatch.setattr(face, "embed", never)
+    monkeypatch.setattr(face, "_embed", never)
+    monkeypatch.setattr(face, "_memory", {"": face._memory[""]})  # of which the shape is asked
     assert all(equal(captioned().collect(step), batch) for step, batch in enumerate(cold))
+
+
+def test_no_bit_depends_on_what_else_a_cache_holds(captioned, face, tmp_path, monkeypatch):
+    whole = captioned(cache=False).collect(0)
+    made = captioned()
+    made.collect(0)
+    monkeypatch.setattr(face, "_memory", {})
+    for kind in ("latents", "texts"):  # a kill between two entries of one batch
+        next((tmp_path / "cache" / kind).rglob("*.safetensors")).unlink()
+    assert equal(captioned().collect(0), whole)
+    assert equal(made.collect(0), whole)
+
+
+def test_each_picture_and_each_caption_is_encoded_alone(captioned, face, monkeypatch):
+    sizes, posterior, embed = [], face.posterior, face._embed
+    monkeypatch.setattr(face, "_memory", {})
+    monkeypatch.setattr(face, "posterior", lambda images: sizes.append(len(images)) or posterior(images))
+    monkeypatch.setattr(face, "_embed", lambda texts: sizes.append(len(texts)) or embed(texts))
+    captioned(cache=False).collect(0)
+    assert set(sizes) == {1}
 
 
 def test_two_processes_share_a_step(captioned):

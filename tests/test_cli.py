@@ -518,11 +518,14 @@ def test_prompts_that_cannot_be_shared_by_the_processes_are_refused(refused, rec
     assert "2 prompts can't be shared by 4 processes" in refused("train", recipe())
 
 
-@pytest.mark.parametrize("words", [["train", "pretrain-recognizer"], ["pairs", "runs/mine"]])
+ALONE = ("train pretrain-recognizer", "pairs runs/mine", "evaluate micro", "sample micro -p star")
+
+
+@pytest.mark.parametrize("words", ALONE)
 def test_what_several_processes_would_do_over_and_over_is_refused(refused, recipe, monkeypatch, words):
     a_run(recipe())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "is the work of one process, and 2 were started" in refused(*words)
+    assert "is the work of one process, and 2 were started" in refused(*words.split())
 
 
 def test_fewer_prompts_than_a_step_takes_are_told(refused, recipe, monkeypatch, caplog):

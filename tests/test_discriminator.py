@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from trimtab import noise
@@ -14,7 +15,7 @@ from trimtab.learner import Learner
 from trimtab.methods.dmd2 import DMD2, DMD2Config, judge_loss
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines.discriminator import Head
-from trimtab.pipelines.hidden import as_picture, heard, middle
+from trimtab.pipelines.hidden import around_the_middle, as_picture, heard, middle
 from trimtab.pipelines.loading import load
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig
@@ -101,6 +102,17 @@ def test_a_network_is_left_where_the_last_has_been_heard(request, family):
     assert gap(*gradients) < 1e-5 * gradients[0].abs().max()
     face.predict(x_t, torch.tensor(0.5), condition, "default").value.sum().backward()  # nothing stays behind
     assert x_t.grad.isfinite().all()
+
+
+def test_the_middle_of_flux_counts_blocks_of_one_stream_as_well():
+    with torch.device("meta"):
+        network = FluxTransformer2DModel(
+            num_layers=19, num_single_layers=38, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6)
+        )
+    assert middle(network) is network.single_transformer_blocks[28 - 19]
+    places = around_the_middle(network)
+    assert list(places) == ["block_14", "block_28", "block_42"]
+    assert list(places.values())[2] is network.single_transformer_blocks[42 - 19]
 
 
 def test_pixels_of_an_mmdit_lie_where_they_are_seen():

@@ -4,9 +4,15 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from trimtab.batch import Prompts
 from trimtab.errors import UserError
 from trimtab.evaluate import sample
+from trimtab.methods.crd import CRD, CRDConfig
+from trimtab.methods.diffusion_nft import DiffusionNFT, DiffusionNFTConfig
 from trimtab.pipelines import loading
+from trimtab.rewards.composite import Composite
+from trimtab.roles import LoraSettings
+from trimtab.rollout import RolloutConfig, Rollouts
 
 TEXTS = ["a photo of a red circle", "a photo of two stars"]
 
@@ -106,3 +112,25 @@ def test_pictures_are_those_of_stock_diffusers(tiny_flux_folder, build_face, sto
     config = stock.vae.config
     decoded = stock.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
     assert gap(face.decode(latents), stock.image_processor.postprocess(decoded, output_type="pt")) < 1e-5
+
+
+def test_a_network_that_is_told_its_guidance_is_trained_under_the_one_it_sampled_with(tiny_flux_folder, tiny):
+    face = loading.load(str(tiny_flux_folder), lora=LoraSettings(rank=2, lora_alpha=4), frozen=("old", "sampler"))
+    assert face.training_scale(3.5) == 3.5
+    assert tiny().training_scale(3.5) == 1.0
+    prompts, asked = Prompts(("a star",), ({},), (0,)), []
+    config = RolloutConfig(num_prompts=1, group_size=2, num_inference_steps=1, guidance_scale=3.5)
+    mine = Composite({"mine": (lambda images, prompts, metadata: images.mean((1, 2, 3)), 1.0)})
+    rollouts = Rollouts(face, prompts, mine, config, face.resolution, seed=0)
+    forward = face._output
+    for kind, settings in ((CRD, CRDConfig(num_train_times=1, kl_cfg=4.5)), (DiffusionNFT, DiffusionNFTConfig())):
+        method = kind(settings, face, rollouts, 2)
+        (batch, *_) = [part for part in method.collect(0) if len(part)]
+        asked.clear()
+        face._output = lambda role, x_t, t, condition, *scale: (
+            asked.append((role, *scale)) or forward(role, x_t, t, condition, *scale)
+        )
+        next(iter(method.losses(batch)))
+        face._output = forward
+        anchor = {("ref", 4.5)} if kind is CRD else {("ref", 3.5)}
+        assert set(asked) == {("default", 3.5), ("old", 3.5)} | anchor

@@ -1,6 +1,7 @@
 """The loop: where gradients land, how terms add up, what is skipped, and that a resume is exact."""
 
 import copy
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from trimtab.errors import UserError
-from trimtab.learner import Learner, _buckets
+from trimtab.learner import Learner, _buckets, _of_all
 from trimtab.method import Loss
 from trimtab.optimizer import OptimizerConfig, lr_factor
 from trimtab.processes import launched
@@ -314,6 +315,16 @@ def train_together(rank: int, folder: str) -> None:
             assert (key in mine) == (key in theirs)
             assert key not in mine or mine[key] == pytest.approx(theirs[key], rel=1e-3)
     torch.distributed.destroy_process_group()
+
+
+def test_what_processes_log_is_joined():
+    first = {"images": 8.0, "reward": 0.5, "failed/mine": 1.0, "seconds/step": 2.0, "updates": 3, "odd": math.nan}
+    other = {"images": 4.0, "reward": 0.7, "failed/mine": 2.0, "seconds/step": 5.0, "updates": 3, "gate": 1.0}
+    joined = _of_all([first, other])
+    assert joined.pop("reward") == pytest.approx(0.6)
+    assert math.isnan(joined.pop("odd"))
+    assert joined == {"images": 12.0, "failed/mine": 3.0, "seconds/step": 5.0, "updates": 3, "gate": 1.0}
+    assert _of_all([{"odd": math.nan}, {"odd": 2.0}]) == {"odd": 2.0}
 
 
 def test_gradients_go_over_the_wire_in_buckets_of_one_type(monkeypatch):

@@ -432,6 +432,31 @@ def resume_apart(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_what_fails_on_one_process_stops_both_after_the_run_is_saved(recipe, spawned, tmp_path):
+    Path("judge.py").write_text(
+        "import os\ncalls = []\ndef score(images, prompts, metadata):\n    calls.append(1)\n"
+        "    assert len(calls) < 3 or os.environ['RANK'] == '0', 'no server'\n    return images.mean((1, 2, 3))\n"
+    )
+    path = recipe(rewards={"judge.py:score": 1.0}, training={"checkpointing_steps": 9})
+    processes = [spawned(rank, str(tmp_path), str(path), target=fail_on_one) for rank in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def fail_on_one(rank: int, folder: str, path: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    save = run._save
+    run._save = lambda each: time.sleep(2) or save(each)
+    said = ("another process had to stop, and says why", "reward 'judge.py:score' failed for all 4 .*no server.*")[rank]
+    with pytest.raises(run.RunStopped, match=f"{said}; the run is saved at step 2, mend this and --resume"):
+        run.train(run.load_config(path), Silent())
+    assert checkpoint.latest(Path("runs/mine")).name == "checkpoint-2"  # by then
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_and_resumed_equals_not_killed_bit_for_bit(recipe, spawned, method):
     path = recipe(**METHODS[method], name="whole")
@@ -743,7 +768,9 @@ def test_a_run_is_resumed_with_the_prompts_that_it_began_with(recipe, cli):
     Path("prompts.txt").write_text(before + "one more\n")
     code, _, err = cli("train", path, "--resume")
     assert code == 2
-    assert "the prompts of prompts.txt are no longer those of the interrupted run" in err
+    assert "the prompts of prompts.txt are no longer those of the run in runs/mine" in err
+    Path("prompts.txt").write_text(before)
+    assert cli("train", path, "--resume")[0] == 0
     Path("prompts.txt").write_text("\n" + before)  # the same, one line further down
     assert cli("train", path, "--resume")[0] == 0
 
@@ -832,3 +859,23 @@ def test_a_recipe_for_a_generator_of_one_call_is_checked_before_weights_load(
     code, _, error = cli("train", recipe(**changes))
     assert code == 2
     assert sentence in error
+
+
+def test_a_run_is_resumed_with_the_suite_that_its_base_was_evaluated_on(recipe, cli):
+    Path("suite.txt").write_text("a photo of a ring\n")
+    suite = {"suite": "suite.txt", "images_per_prompt": 1, "num_inference_steps": 1, "base_guidance_scale": None}
+    path = recipe(evaluation=suite, training={"max_train_steps": 1})
+    assert cli("train", path)[0] == 0
+    Path("suite.txt").write_text("a photo of a star\n")
+    code, _, err = cli("train", path, "--resume")
+    assert code == 2
+    assert "the suite of suite.txt are no longer those of the run in runs/mine" in err
+
+
+def test_candidates_are_ranked_again_of_the_prompts_that_the_run_had(recipe, cli):
+    path = recipe(training={"max_train_steps": 1})
+    assert cli("train", path)[0] == 0
+    Path("prompts.txt").write_text("a zebra\na lion\n")
+    code, _, err = cli("pairs", "runs/mine", "--step", "0")
+    assert code == 2
+    assert "the prompts of prompts.txt are no longer those" in err

@@ -162,7 +162,8 @@ def _learn(run: Run) -> None:
             cause += "" if kept is None else f"; {kept.name} is the last whole one"
         else:
             _save(run)
-            cause += f"; the run is saved at step {run.learner.step}"
+            if run.writes or isinstance(error, StoppedTogether):
+                cause += f"; the run is saved at step {run.learner.step}"
         if isinstance(error, StoppedTogether):
             run.accelerator.wait_for_everyone()  # one that left would have the launcher end the one that saves
         raise RunStopped(f"{cause}, mend this and --resume.") from error
