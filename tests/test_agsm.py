@@ -1,15 +1,21 @@
 """AGSM: its identities, the exact scalar toy, and its glue on micro's tiny sister."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from trimtab import noise
+from trimtab.batch import Captions
 from trimtab.grid import grid_noise
-from trimtab.methods.agsm import AGSMConfig, alignment_weights, guidance, guided_targets, score_matching_loss
+from trimtab.methods.agsm import AGSM, AGSMConfig, alignment_weights, guidance, guided_targets, score_matching_loss
 from trimtab.methods.softrepa import contrastive_loss
-from trimtab.pipelines.soft_tokens import NEGATIVE, POSITIVE
+from trimtab.pipelines.loading import load_with_tokens
+from trimtab.pipelines.soft_tokens import NEGATIVE, POSITIVE, TokenSettings
+from trimtab.process import VariancePreserving
 from trimtab.worlds.gaussians import Mixture
 
 
@@ -131,6 +137,21 @@ def test_loss_and_gradient_are_those_of_every_pair_by_hand(tokens_of, settings):
     assert all(parameter.grad is None for parameter in banks["average"].parameters())
 
 
+def test_every_step_has_a_time_and_a_noise_of_its_own(tokens_of):
+    agsm = tokens_of(AGSMConfig())
+    (t, eps), (later, other) = (grid_noise(agsm.pipeline, replace(agsm.batch, step=step)) for step in (0, 1))
+    assert t != later
+    assert (eps - other).abs().max() > 0.1
+
+
+def test_the_time_of_a_step_is_that_of_a_timestep():
+    # Row k of Stable Diffusion's table lies at (k + 1) / 1000.
+    batch = Captions(torch.zeros(1, 4, 8, 8), condition=None, text=("a cat",), index=(5,), seed=0, step=3)
+    t, _ = grid_noise(SimpleNamespace(process=VariancePreserving()), batch)
+    k = torch.randint(1000, (), generator=noise.generator(0, 3, 5, noise.TRAINING)).item()
+    assert t.item() == pytest.approx((k + 1) / 1000, abs=1e-6)
+
+
 def test_rows_change_no_gradient(tokens_of):
     expected = tokens_of(AGSMConfig(rows=4)).gradients()
     assert all(gradient.abs().max() > 0 for gradient in expected)
@@ -174,9 +195,13 @@ def test_the_average_follows_by_its_decay(tokens_of):
     assert torch.allclose(banks["average"].base, before + 0.25)
 
 
-def test_a_random_average_is_the_released_codes_choice(tokens_of):
-    banks = tokens_of(AGSMConfig(ema_start="random")).pipeline.roles.banks
-    assert not torch.equal(banks["average"].base, banks["default"].base)
+def test_a_random_average_is_drawn_apart_from_the_trained_tokens(tiny_folder):
+    config = AGSMConfig(ema_start="random")
+    face = load_with_tokens(str(tiny_folder), TokenSettings(num_layers=2), num_signs=2, roles=config.roles)
+    average, trained = (face.roles.banks[name].base for name in ("average", "default"))
+    assert torch.equal(average, trained)
+    AGSM(config, face, SimpleNamespace(seed=0))
+    assert (average - trained).abs().max() > 0
 
 
 def test_training_leaves_the_backbone_as_it_was(tokens_of):

@@ -147,6 +147,12 @@ def test_a_prompt_that_never_has_enough_teaches_nothing(tiny):
     assert batch.frac_skipped() == 1
 
 
+def test_a_reward_at_the_threshold_is_a_failure(tiny):
+    batch, log = rounds(tiny(), [0.5, 0.5, 1, 1])
+    assert log["success_rate"] == 0.5
+    assert batch.rollout.sibling[batch.worse.place].tolist() == [0, 1]
+
+
 def test_what_could_not_be_scored_is_neither(tiny):
     nan = float("nan")
     batch, _ = rounds(tiny(), [nan, 1, 0, nan, 1, 0, nan, nan])
@@ -207,6 +213,9 @@ def test_several_rewards_are_weighed_in_units_of_the_siblings():
     z = torch.tensor([-1.5, -0.5, 0.5, 1.5]) / torch.tensor([1.25]).sqrt()
     assert (worth[:4] - (3 * z - z) / 4).abs().max() < 1e-4  # the larger number would win a plain sum
     assert (worth[4:] - 3 * z / 4).abs().max() < 1e-4  # equal scores say nothing
+    against = Composite({"small": (None, 3.0), "large": (None, -1.0)})
+    worth = in_units_of_siblings(scored, against, group)
+    assert (worth[:4] - (3 * z + z) / 4).abs().max() < 1e-4  # what counts against is still one part in four
     alone = Composite({"small": (None, 3.0), "watched": (None, 0.0)})
     assert torch.equal(in_units_of_siblings(scored, alone, group), scored.total)
 
@@ -258,15 +267,10 @@ def test_pictures_whose_reward_fails_are_counted_in_every_round(tiny):
 def test_noise_of_pictures_belongs_to_them_whatever_is_beside_them(tiny, folder):
     made = offline(tiny(), folder)
     batch, _ = made.collect(0, "default")
-    seen = []
-
-    def feature_map(latents, condition, eps):
-        seen.append(eps)
-        return {"eps": eps.flatten(1)[:, None]}
-
-    space = Space(made.rollouts, feature_map, 1)
+    space = Space(made.rollouts, lambda latents, condition, eps: {"eps": eps.flatten(1)[:, None]}, 1)
     whole = space.of_anchors(batch.worse, batch.rollout, {})["eps"]
     for group in batch.rollout.group.unique():
         alone = batch[(batch.rollout.group == group).nonzero().flatten()]
         assert torch.equal(space.of_anchors(alone.worse, alone.rollout, {})["eps"], whole[batch.worse.group == group])
-    assert len({x.sum().item() for x in whole}) == 3
+    own = space.in_parts(batch.rollout, batch.rollout.latents)["eps"]
+    assert len({x.sum().item() for x in (*whole, *own)}) == 3 + 8  # candidates of the same numbers have other noise

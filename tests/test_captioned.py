@@ -80,6 +80,9 @@ def test_a_picture_of_several_captions_shows_one_that_the_pass_has_not_shown_yet
     assert {order.meaning(visit) for visit in order.epoch(0)[0]} == {0, 1}
     seen = {visit[1] for number in range(8) for visit in order.epoch(number)[0]}
     assert seen == {0, 1}
+    for seed in range(10):
+        order = Order(((0, 1), (0, 1), (2,), (3,)), 2, seed)  # of which any two captions would fill a step
+        assert {order.meaning(visit) for step in order.epoch(0) for visit in step} == {0, 1, 2, 3}
 
 
 def test_too_few_different_captions_are_refused():
@@ -137,6 +140,25 @@ def test_any_step_can_be_made_first_and_workers_change_nothing(captioned):
     assert not equal(captioned(cache=False, seed=1).collect(0), whole[0])
 
 
+def test_a_picture_that_comes_again_is_drawn_anew_from_its_posterior(captioned):
+    made, draws = captioned(), {}
+    for step in range(6):  # two passes
+        batch = made.collect(step)
+        for index, x in zip(batch.index, batch.x0, strict=True):
+            draws.setdefault(index, []).append(x)
+    again = [each for each in draws.values() if len(each) == 2]
+    assert len(again) >= 8
+    assert all((a - b).abs().max() > 0 for a, b in again)
+
+
+def test_a_step_goes_on_from_the_workers_of_the_one_before(captioned):
+    made = captioned()
+    made.collect(0)
+    ahead = made._ahead
+    made.collect(1)
+    assert made._ahead is ahead
+
+
 def test_what_is_on_disk_is_not_encoded_again_and_gives_the_same_bits(captioned, face, monkeypatch):
     cold = [captioned().collect(step) for step in range(4)]
 
@@ -169,6 +191,15 @@ def test_each_picture_and_each_caption_is_encoded_alone(captioned, face, monkeyp
     assert set(sizes) == {1}
 
 
+def test_what_was_read_ahead_of_its_encoding_is_not_encoded_twice(captioned, face, monkeypatch):
+    made, encoded, posterior = captioned(), [], face.posterior
+    ahead = [made.reader[wanted] for wanted in itertools.islice(made.order.steps(0), 6)]  # all before the first batch
+    monkeypatch.setattr(made, "_read", lambda step: ahead[step])
+    monkeypatch.setattr(face, "posterior", lambda images: encoded.append(1) or posterior(images))
+    shown = [index for step in range(6) for index in made.collect(step).index]
+    assert len(encoded) == len(set(shown)) < len(shown)
+
+
 def test_two_processes_share_a_step(captioned):
     parts = [captioned(rank=rank, num_processes=2, batch_size=2).collect(0) for rank in range(2)]
     whole = captioned(batch_size=4).collect(0)
@@ -193,6 +224,14 @@ def test_a_picture_that_proves_broken_is_replaced_named_once_and_counted(caption
     assert all(len(batch) == 3 and not {2, 7} & set(batch.index) for batch in batches)
     assert len([record for record in caplog.records if "2.png" in record.message]) == 1
     assert made.log()["skipped_pictures"] == 2
+
+
+def test_processes_replace_broken_pictures_by_different_ones(captioned, folder):
+    broken(folder, 2, 7, 9)
+    pair = [captioned(on_error="skip", rank=rank, num_processes=2, batch_size=2) for rank in range(2)]
+    for step in range(12):
+        first, second = (made.collect(step).index for made in pair)
+        assert not set(first) & set(second), step
 
 
 def test_a_picture_that_proves_broken_stops_the_run_by_default(captioned, folder):

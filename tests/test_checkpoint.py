@@ -287,6 +287,14 @@ def test_saving_again_replaces_the_checkpoint(saved):
     assert names(saved.parent) == ["checkpoint-1"]
 
 
+def test_the_name_of_a_new_checkpoint_is_on_disk_before_the_old_one_goes(saved, monkeypatch):
+    calls, rename = [], os.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append("rename"), rename(a, b)))
+    checkpoint.save(saved, {})
+    assert calls[-3:] == ["rename", saved.parent.stat().st_ino, "rename"]
+
+
 # --- killed while saving. One process imports torch, then forks a child per kill.
 
 KILL_BEFORE_EACH_OPERATION = """

@@ -139,8 +139,9 @@ def test_missing_scores_are_left_out_of_the_means_and_counted(tmp_path):
 
 
 @pytest.mark.usefixtures("drawn")
-def test_a_suite_without_facts_is_scored_by_what_it_is_given(tmp_path):
-    plain = Prompts(PROMPTS.text, ({}, {}, {}), (0, 1, 2))
+@pytest.mark.parametrize("kept", [(), ("include",)], ids=["nothing", "no tag"])
+def test_a_suite_without_facts_is_scored_by_what_it_is_given(kept, tmp_path):
+    plain = Prompts(PROMPTS.text, tuple({key: line[key] for key in kept} for line in LINES), (0, 1, 2))
     written = evaluate.evaluate(None, "default", plain, SETTING, tmp_path, rewards={"mine": brightness})
     assert set(written["scores"]) == {"mine"}
     assert set(written["scores"]["mine"]["tags"]) == {"all"}
@@ -291,6 +292,20 @@ def test_a_role_does_not_drift_from_itself_and_its_drift_is_that_of_its_field(ti
     face.predict = moved
     drift = evaluate.drift(face, "default", "ref", latents, PROMPTS, group, SETTING)
     assert drift == pytest.approx(0.09, rel=1e-4)
+
+
+def test_drift_is_measured_at_four_even_times_each_with_noise_of_its_own(tiny):
+    face, group, noises = tiny(), torch.tensor([0, 1]), {}
+    predict = face.predict
+
+    def watched(x_t, t, condition, role):
+        noises[t.item()] = x_t / t  # for samples that are 0
+        return predict(x_t, t, condition, role)
+
+    face.predict = watched
+    evaluate.drift(face, "default", "ref", torch.zeros(2, 8, 8, 8), PROMPTS, group, SETTING)
+    assert list(noises) == [1 / 8, 3 / 8, 5 / 8, 7 / 8]
+    assert torch.pdist(torch.cat(list(noises.values())).flatten(1)).min() > 1
 
 
 def test_the_table_keeps_a_users_names_and_has_no_row_without_a_number():

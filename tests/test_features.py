@@ -30,7 +30,7 @@ def vits(tmp_path_factory):
 def look(face, kind, latents, eps, folder=None):
     name = None if folder is None else str(folder / kind)
     config = FeaturesConfig(kind=kind, pretrained_model_name_or_path=name)
-    return features.build(config, face, recognizer.on)(latents, face.encode(TEXTS), eps)
+    return features.build(config, face, recognizer.on)(latents, face.encode(TEXTS[: len(latents)]), eps)
 
 
 def samples(face):
@@ -58,13 +58,12 @@ def test_a_map_gives_tokens_by_key_with_gradient_and_the_same_each_time(tiny, vi
     assert tuple(found) == KINDS[kind]
     assert all(x.ndim == 3 and x.shape[:2] == (2, 1) and x.dtype == torch.float32 for x in found.values())
     torch.manual_seed(11)  # no map may look at the global generator
-    again = look(face, kind, latents, eps, folder)
+    again, alone = look(face, kind, latents, eps, folder), look(face, kind, latents[:1], eps[:1], folder)
     for key, x in found.items():
         assert torch.equal(x, again[key]), key
         (gradient,) = torch.autograd.grad(x.square().sum(), latents, retain_graph=True)
         assert gradient.flatten(1).abs().amax(1).min() > 0, key
-        alone = look(face, kind, latents[:1], eps[:1], folder)[key] if kind == "latents" else None
-        assert alone is None or torch.equal(alone, x[:1])
+        assert (alone[key] - x[:1]).abs().max() < 1e-4 * x.abs().max(), key
 
 
 @pytest.mark.parametrize("family", ["tiny_sd_folder", "tiny_sdxl_folder", "tiny_flux_folder"])

@@ -63,6 +63,10 @@ def test_a_models_own_scheduler_is_no_students():
     assert few_step.is_few_step(LCMScheduler())
 
 
+def test_a_table_students_scheduler_clips_nothing():
+    assert few_step.table_scheduler(4, {"clip_sample": True}).config.clip_sample is False
+
+
 def moved(face):
     """Its trained role away from the pre-trained one, so that a forgotten export would show."""
     generator = torch.Generator().manual_seed(0)

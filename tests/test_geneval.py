@@ -196,6 +196,9 @@ def test_soft_is_the_mean_of_its_partial_credits():
     assert judge([seen("cat")], wanted, "soft").score == pytest.approx(2 / 5)
     # Five cats for one: credit max(0, 1 - 4) = 0, never below.
     assert judge([seen("cat", 50 * i) for i in range(5)], ask(clause("cat")), "soft").score == pytest.approx(1 / 2)
+    # One cat for four, and two dogs: 1/4 and 1 - 2/4.
+    scene = [seen("cat"), seen("dog", 50), seen("dog", 100)]
+    assert judge(scene, ask(clause("cat", 4)), "soft").score == pytest.approx((1 / 4 + 1 / 2) / 2)
 
 
 def test_a_further_object_costs_its_count_and_not_its_colour():

@@ -285,6 +285,10 @@ def test_bins_remember_each_noise_level_by_itself():
     assert bins.at(torch.tensor([0.0, 0.49, 0.51, 1.0])).tolist() == [2, 2, 10, 10]
     bins.update(torch.tensor([6.0]), torch.tensor([0.3]))  # (.5 * 4 + 6) / (.5 * 2 + 1); the other bin saw nothing
     assert bins.at(torch.tensor([0.3, 0.7])).tolist() == [4, 10]
+    bins.update(
+        torch.tensor([7.0]), torch.tensor([0.7])
+    )  # (.5 * 10 + 7) / (.5 * 1 + 1): idle, it had forgotten nothing
+    assert bins.at(torch.tensor([0.3, 0.7])).tolist() == [4, 8]
     other = BinnedMean(num_bins=2, decay=0.5)
     other.load_state_dict({name: tensor.clone() for name, tensor in bins.state_dict().items()})
     assert other.at(torch.tensor([0.3])).item() == 4

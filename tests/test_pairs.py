@@ -60,6 +60,10 @@ def test_comparisons_that_reverse_each_other_teach_nothing_and_a_chain_stays(fol
     named = lambda column: [pairs.sources[n][0].removeprefix(f"{folder}/") for n in column[0]]  # noqa: E731
     assert named(pairs.chosen) == ["a.png", "c.png"]
     assert named(pairs.rejected) == ["c.png", "sub/b.png"]
+    pairs = load_pairs(jsonl(folder, line(chosen=["a.png", "c.png"]), both[1]), "stop")
+    assert (named(pairs.chosen), named(pairs.rejected)) == (["c.png"], ["sub/b.png"])  # nobody reversed these two
+    pairs = load_pairs(jsonl(folder, line(rejected=["sub/b.png", "c.png"]), both[1]), "stop")
+    assert (named(pairs.chosen), named(pairs.rejected)) == (["a.png"], ["c.png"])
 
 
 def test_the_hash_of_pairs_tells_sides_and_not_folders(folder, tmp_path_factory):
@@ -145,6 +149,11 @@ def test_pick_a_pic_says_which_of_two_is_better(folder):
     assert [color(pairs, n) for n in pairs.chosen[0]] == [[255, 0, 0], [0, 0, 255]]
     assert [color(pairs, n) for n in pairs.rejected[0]] == [[0, 0, 255], [0, 255, 0]]
     assert [color(pairs, n) for n in pairs.rejected[1]] == [[255, 255, 255]]  # the draw taught nothing
+
+
+def test_a_row_of_any_group_of_a_table_has_its_own_picture(folder):
+    pairs = load_pairs(parquet(folder, caption=list("abcd"), label_0=[1.0] * 4), "stop")  # two groups of two rows
+    assert [color(pairs, n) for (n,) in pairs.chosen] == [[255, 0, 0], [0, 255, 0], [0, 0, 0], [255, 255, 255]]
 
 
 def test_pictures_as_the_datasets_library_stores_them(folder):

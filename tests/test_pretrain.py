@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from trimtab.methods.pretrain import PretrainMicro, PretrainMicroConfig
+from trimtab.methods.pretrain import PretrainMicro, PretrainMicroConfig, _cells
 from trimtab.pipelines.loading import BUILT_IN
+from trimtab.worlds import blocks
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +29,19 @@ def test_the_blind_tokens_count_once_at_first_and_all_in_the_end(method, monkeyp
     (loss,) = method.losses(batch)
     assert loss.value.isfinite()
     assert counts[0].tolist() == [1.0] * 12 + [count]
+
+
+@pytest.mark.parametrize(("step", "moved"), [(0, 9 / 10), (90, 9 / 100), (10**6, 0.001)])
+def test_the_average_follows_the_slower_the_later(method, step, moved):
+    own, average = next(method.network.parameters()), next(method.average.parameters())
+    average.copy_(own.detach() - 1)
+    method.after_step(step)
+    assert (average - own + 1).mean().item() == pytest.approx(moved, abs=1e-5)
+
+
+def test_a_cell_holds_the_shape_and_the_colour_whose_centre_it_has():
+    white = (1.0, 1.0, 1.0)
+    cells = _cells(blocks.Scene((blocks.Block("square", "blue", 20.0, 60.0, 9.0),), white, white))  # x, y
+    assert (cells[0] != 0).nonzero().tolist() == (cells[1] != -1).nonzero().tolist() == [[7, 2]]
+    shape, color = cells[:, 7, 2].tolist()
+    assert (blocks.SHAPES[shape - 1], list(blocks.COLORS)[color]) == ("square", "blue")

@@ -55,6 +55,8 @@ def test_credits_by_hand():
     assert score(one, clause("ring")) == pytest.approx((math.exp(-1) + math.exp(-1)) / 2, abs=1e-4)
     assert score(one, clause("star", color="blue")) == pytest.approx((1 + 0 + 1) / 3, abs=1e-4)
     assert score(one, clause("star", 2, color="red")) == pytest.approx((math.exp(-1) + 1 / 2 + 1) / 3, abs=1e-4)
+    two = [*one, ("star", "red", 5, 5)]  # a red one too many is no more than red
+    assert score(two, clause("star", color="red")) == pytest.approx((math.exp(-1) + 1 + 1) / 3, abs=1e-4)
 
 
 @pytest.mark.parametrize(("relation", "cells"), [("left of", 2), ("right of", -2), ("above", 1), ("below", -1)])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
+from scipy.stats import linregress
 
 from trimtab import report
 from trimtab.errors import UserError
@@ -396,6 +397,12 @@ def test_images_of_other_seeds_are_no_pairs(tmp_path):
     assert change(run.reference, run.subject, "strict").difference is None
 
 
+def test_the_change_of_a_tag_is_that_of_its_own_images(tmp_path):
+    run = two_models(tmp_path, verdicts(10), verdicts(10) | {"colors": [1.0] * 20})
+    moved = {tag: change(run.reference, run.subject, "strict", tag).difference.mean for tag in TAGS}
+    assert moved == {"colors": pytest.approx(0.5), "counting": 0}
+
+
 def test_five_prompts_prove_nothing_even_if_all_improve(tmp_path):
     five = two_models(tmp_path / "five", {"one": [0.0] * 5}, {"one": [1.0] * 5})
     six = two_models(tmp_path / "six", {"one": [0.0] * 6}, {"one": [1.0] * 6})
@@ -417,6 +424,13 @@ def test_one_evaluated_model_is_compared_with_nothing(tmp_path):
     assert sentence(read_run(tmp_path)).startswith(
         "Nothing to compare with: only 'base' was evaluated, strict score 0.30"
     )
+
+
+@pytest.mark.parametrize("other", ["base", "trained"])
+def test_a_guided_base_is_not_compared_with_itself(other, tmp_path):
+    write_evaluation(tmp_path, other, verdicts(6))
+    write_evaluation(tmp_path, "base-guided", verdicts(12))
+    assert "untrained model with guidance" not in sentence(read_run(tmp_path))
 
 
 def test_an_evaluation_that_scored_nothing_still_shows_its_pictures(tmp_path):
@@ -598,6 +612,12 @@ def test_noise_alone_is_rarely_marked():
     assert marked <= 6
 
 
+def test_slopes_are_in_units_of_the_standard_error_of_a_regression():
+    x, y = np.arange(12.0), np.random.default_rng(0).normal(size=12)
+    line = linregress(x, y)
+    assert hacking._slopes(x, y, 12) == pytest.approx([line.slope / line.stderr])
+
+
 def test_spans_do_not_depend_on_units_and_skip_steps_without_a_value():
     step = np.arange(80.0)
     noise = np.random.default_rng(1).normal(size=(2, 80)) * 0.02
@@ -641,6 +661,12 @@ def test_a_resumed_step_counts_once_and_an_unfinished_line_not_yet(tmp_path):
     assert math.isnan(metrics["kl"][2])
 
 
+def test_what_an_evaluation_adds_to_a_step_leaves_the_rest_of_it(tmp_path):
+    write_metrics(tmp_path, [{"step": 1, "reward": 0.5}, {"step": 1, "eval/trained/strict": 0.4}])
+    metrics = read_run(tmp_path).metrics
+    assert (metrics["reward"].tolist(), metrics["eval/trained/strict"].tolist()) == ([0.5], [0.4])
+
+
 def test_long_curves_are_thinned_to_means_of_neighbours():
     x, y = curves.thinned(np.arange(1000.0), np.tile([0.0, 1.0], 500))
     assert len(x) == len(y) == curves.MAX_POINTS
@@ -674,6 +700,13 @@ def test_the_band_is_over_all_images_of_a_step(tmp_path):
     # Of several rewards drpo logs the deviation of what they are worth together, which is not that of their sum.
     write_metrics(tmp_path / "two", [row | {"rewards/clip/mean": 0.3} for row in training()])
     assert "standard deviation" not in caption_of(page_of(tmp_path / "two"), "Reward during training")
+
+
+def test_the_band_has_the_steps_of_its_line(tmp_path):
+    rows = [{"step": step, "reward": None if step == 3 else 0.5, "reward_std": 0.1} for step in range(1, 9)]
+    write_metrics(tmp_path, rows)
+    (chart,) = curves.training_charts([read_run(tmp_path)])  # a band of another length could not be drawn
+    assert "The band is" in chart.caption
 
 
 def test_the_two_diversities_are_told_apart(page):
@@ -717,6 +750,13 @@ def test_compared_runs_share_the_axes_and_the_table(run, tmp_path):
     assert set(axes) == {"training images"}  # runs of unlike batch size are compared by images
 
 
+def test_runs_of_which_one_counts_no_images_are_compared_by_steps(tmp_path):
+    for name, counted in (("a", {"images": 8}), ("b", {})):
+        write_metrics(tmp_path / name, [{"step": step, "reward": 0.5} | counted for step in (1, 2)])
+    (chart,) = curves.training_charts([read_run(tmp_path / name) for name in "ab"])
+    assert re.findall(r">(training images|step)</text>", chart.svg) == ["step"]
+
+
 def test_drift_is_marked_only_where_the_look_moved_far(page):
     # Brightness 0.5 -> 0.2 is -60 %; saturation does not move.
     drift = page.source.split("<h2>Drift watch</h2>")[1].split("</table>")[0]
@@ -750,6 +790,13 @@ def test_a_change_too_small_to_see_is_not_marked_however_small_its_start(name, b
     (cell,) = [row.cells[-1] for row in tables.drift_rows(run) if row.name == tables.DRIFT.get(name, name)]
     assert (cell.value, cell.tone) == (shown, "flag" if marked else "")
     assert any("The look changed" in warning for warning in tables.warnings(run)) == marked
+
+
+def test_a_large_change_of_quality_is_no_alarm(tmp_path):
+    two_models(tmp_path, {"one": [0.0]}, {"one": [0.0]})
+    change_results(tmp_path, "trained", frechet_distance=50.0, diversity=50.0)
+    tones = {row.name: row.cells[-1].tone for row in tables.drift_rows(read_run(tmp_path))}
+    assert (tones[tables.DRIFT["frechet_distance"]], tones[tables.DRIFT["diversity"]]) == ("", "flag")
 
 
 def test_the_head_says_how_fast_the_whole_run_was(page):

@@ -130,6 +130,11 @@ def test_a_file_is_gone_through_once_before_a_prompt_comes_again_and_then_in_ano
     assert index[0] != collect(step=0, seed=8).prompts.index or index[1] != collect(step=1, seed=8).prompts.index
 
 
+def test_each_pass_over_a_file_leaves_out_what_does_not_fill_a_step():
+    index = [collect(prompts=PROMPTS[range(5)], step=step).prompts.index for step in range(6)]  # three passes
+    assert [len({*index[i], *index[i + 1]}) for i in (0, 2, 4)] == [4, 4, 4]
+
+
 def test_a_file_shorter_than_a_step_is_taken_whole_each_time():
     for step in range(3):
         assert sorted(collect(step=step, num_prompts=48).prompts.index) == list(range(6))

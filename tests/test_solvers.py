@@ -15,6 +15,7 @@ from trimtab.solvers import (
     guided,
     log_prob,
     ode,
+    plms,
     sde,
     sde_step,
     time_grid,
@@ -141,6 +142,11 @@ def test_second_order_is_dpm_solver_multistep_on_a_table(num_steps):
     x = torch.randn(2, 4, 3, 3)
     expected = run_scheduler(scheduler, x)[-1]
     assert gap(ode(wavy("eps", process), x, times, order=2), expected) < 1e-5 * expected.abs().max()
+
+
+def test_a_single_step_of_plms_is_one_of_first_order():
+    predict, x = wavy("flow", RectifiedFlow()), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    assert gap(plms(predict, x, time_grid(1)), ode(predict, x, time_grid(1))) < 1e-6
 
 
 def test_second_order_is_dpm_solver_multistep_on_rectified_flow():

@@ -91,6 +91,7 @@ def test_batches_differ_and_every_call_is_trained_equally_often(face):
     assert all(gap(a, b) > 1 for i, a in enumerate(starts) for b in starts[:i])
     calls = torch.tensor([own.choice(own.draw(step, 0, 3)) for step in range(300)])
     assert torch.bincount(calls, minlength=3).min() > 70
+    assert calls[:20].tolist() != [own.choice(own.draw(step, 1, 3)) for step in range(20)]  # each batch has its own
     other = student(face, rank=1, num_processes=2)
     assert calls[:20].tolist() == [other.choice(other.draw(step, 0, 3)) for step in range(20)]
 
@@ -116,6 +117,13 @@ def test_times_of_comparison_are_even_where_they_say_and_the_same_on_two_process
         own = part.call(STUDENT, part.draw(0, 0, 3))
         found |= by_sample(own.draw, part.matching_times(own, config)[0].tolist())
     assert found == by_sample(call.draw, t[0].tolist())
+
+
+@pytest.mark.parametrize(("mode", "number"), [("stratified", 8), ("shared_stratified", 4)])
+def test_a_sample_has_another_stratum_in_another_step(face, mode, number):
+    own = student(face)
+    first = [int(own.levels(own.draw(step, 0, 3), mode, 0)[0] * number) for step in range(8)]
+    assert len(set(first)) > 1
 
 
 def test_the_fake_learns_at_all_times_evenly_or_by_a_logit_normal():
@@ -248,22 +256,21 @@ def test_after_a_step_the_average_has_gone_a_part_of_the_way_to_the_student(tiny
 
 
 @torch.no_grad()
-def test_the_direction_leads_from_the_fakes_opinion_to_the_guided_teachers(face):
-    own = student(face)
+@pytest.mark.parametrize("num_renoise", [1, 2])
+def test_the_direction_leads_from_the_fakes_opinion_to_the_guided_teachers_on_average(face, num_renoise):
+    own, config = student(face), DMD2Config(real_guidance_scale=2.0, num_renoise=num_renoise)
     call = own.call(STUDENT, own.draw(0, 0, 3))
     x, condition = own.x0(call), call.draw.conditions()
-    config = DMD2Config(real_guidance_scale=2.0)
-    r, n, times = own.direction(x, call, config)
-    (t,) = own.matching_times(call, config)
-    assert torch.equal(times, t)
-    y = face.process.noised(x, noise.normal(call.draw.keys(noise.MATCHING, 0, 0), x.shape[1:]), t)
-    real, fake = face.predict(y, t, condition, "ref", 2.0).x0, face.predict(y, t, condition, FAKE).x0
-    assert gap(r, real - fake) < 1e-5
-    assert gap(n, (x - real).abs().mean((1, 2, 3))) < 1e-5
-    twice = own.direction(x, call, DMD2Config(real_guidance_scale=2.0, num_renoise=2))[0]
-    other = own.direction(x, call, config, times=own.matching_times(call, DMD2Config(num_renoise=2)))[0]
-    assert gap(twice, other) < 1e-6
-    assert gap(twice, r) > 1e-3
+    times, directions, misfits = own.matching_times(call, config), [], []
+    for number, t in enumerate(times):
+        y = face.process.noised(x, noise.normal(call.draw.keys(noise.MATCHING, number, 0), x.shape[1:]), t)
+        real, fake = face.predict(y, t, condition, "ref", 2.0).x0, face.predict(y, t, condition, FAKE).x0
+        directions.append(real - fake)
+        misfits.append((x - real).abs().mean((1, 2, 3)))
+    r, n, t = own.direction(x, call, config)
+    assert gap(r, sum(directions) / num_renoise) < 1e-5
+    assert gap(n, sum(misfits) / num_renoise) < 1e-5
+    assert gap(t, sum(times) / num_renoise) < 1e-6
 
 
 def test_the_teacher_is_guided_and_the_fake_is_not(face):
