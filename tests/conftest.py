@@ -1,6 +1,7 @@
 """Real but tiny pipelines on disk, and quiet libraries."""
 
 import os
+import threading
 from functools import partial
 
 import pytest
@@ -259,3 +260,22 @@ def tokens_of(tiny_folder):
             return sum(counted)
 
     return Built
+
+
+@pytest.fixture
+def gathers():
+    """What two ranks, a thread each, gather by: it waits for the other and, like a collective, wants equal shapes."""
+    import torch
+
+    meeting, given = threading.Barrier(2), {}
+
+    def gather(rank, x):
+        given[rank] = x
+        meeting.wait(timeout=60)
+        if given[0].shape != given[1].shape:
+            raise RuntimeError(f"ranks gather {tuple(given[0].shape)} and {tuple(given[1].shape)}")
+        both = torch.cat([given[0], given[1]])
+        meeting.wait(timeout=60)
+        return both
+
+    return [partial(gather, rank) for rank in range(2)]

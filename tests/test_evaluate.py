@@ -1,6 +1,7 @@
 """Evaluation: equal calls write equal bytes, means by hand, and any picture can be made again."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from trimtab import evaluate, inference
 from trimtab.batch import Prompts
 from trimtab.errors import UserError
 from trimtab.evaluate import Setting
+from trimtab.processes import Processes
 from trimtab.worlds import blocks
 
 QUIET = SimpleNamespace(note=lambda text: None, progress=lambda *args: None)
@@ -68,6 +70,34 @@ def test_pictures_do_not_depend_on_the_batch_size(face):
         for size in (4, None)
     ]
     assert (pictures[0] - pictures[1]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 4, None])  # 6 parts, 2 of which the last is smaller, and 1, which both draw
+def test_two_processes_draw_the_pictures_of_one_and_the_first_writes_them(tiny, tmp_path, gathers, size):
+    setting, faces = replace(SETTING, batch_size=size), {name: shaken(tiny()) for name in ("alone", "first", "other")}
+
+    def evaluated(rank, name):
+        processes = Processes() if rank is None else Processes(rank, 2, gathers[rank])
+        how = {"reference": "ref", "rewards": {"mine": brightness}, "processes": processes}
+        return evaluate.evaluate(faces[name], "default", PROMPTS, setting, tmp_path / name, **how)
+
+    alone = evaluated(None, "alone")
+    with ThreadPoolExecutor(2) as pool:
+        first, other = pool.map(evaluated, range(2), ("first", "other"))
+    assert other == {}
+    assert not (tmp_path / "other").exists()
+    assert alone["drift"] > 0
+    assert first.pop("drift") == pytest.approx(alone.pop("drift"), rel=1e-6)
+    assert first == alone
+    for file in (tmp_path / "alone").rglob("*.png"):
+        assert file.read_bytes() == (tmp_path / "first" / file.relative_to(tmp_path / "alone")).read_bytes()
+
+
+def shaken(face):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in face.roles.parameters("default").values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return face
 
 
 @pytest.mark.parametrize(("side", "sizes"), [(64, [64, 6]), (512, [16, 16, 16, 16, 6]), (1024, [4] * 17 + [2])])
@@ -298,9 +328,9 @@ def test_drift_is_measured_at_four_even_times_each_with_noise_of_its_own(tiny):
     face, group, noises = tiny(), torch.tensor([0, 1]), {}
     predict = face.predict
 
-    def watched(x_t, t, condition, role):
+    def watched(x_t, t, condition, role, scale):
         noises[t.item()] = x_t / t  # for samples that are 0
-        return predict(x_t, t, condition, role)
+        return predict(x_t, t, condition, role, scale)
 
     face.predict = watched
     evaluate.drift(face, "default", "ref", torch.zeros(2, 8, 8, 8), PROMPTS, group, SETTING)

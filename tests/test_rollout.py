@@ -1,9 +1,7 @@
 """Rollouts: who is sampled from which noise, what becomes of missing scores, and advantages by hand."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -140,9 +138,9 @@ def test_a_file_shorter_than_a_step_is_taken_whole_each_time():
         assert sorted(collect(step=step, num_prompts=48).prompts.index) == list(range(6))
 
 
-def test_two_ranks_of_two_are_one_process():
+def test_two_ranks_of_two_are_one_process(gathers):
     whole = collect(step=2, num_prompts=5)
-    parts = on_two_ranks(num_prompts=5)
+    parts = on_two_ranks(gathers, num_prompts=5)
     assert {len(part.prompts) for part in parts} == {3, 2}
     both = {key: values for part in parts for key, values in by_sample(part).items()}
     assert both.keys() == by_sample(whole).keys()
@@ -150,48 +148,37 @@ def test_two_ranks_of_two_are_one_process():
         assert all((x - y).abs().max() < 1e-5 for x, y in zip(values, both[key], strict=True)), key
 
 
-def on_two_ranks(outcome=lambda rank: rank.result(timeout=120), **kwargs):
-    """Step 2 on both of two ranks at once; `gather` waits for the other and, like a collective, wants equal shapes."""
-    meeting, given = threading.Barrier(2), {}
-
-    def gather(rank, x):
-        given[rank] = x
-        meeting.wait(timeout=60)
-        if given[0].shape != given[1].shape:
-            raise RuntimeError(f"ranks gather {tuple(given[0].shape)} and {tuple(given[1].shape)}")
-        both = torch.cat([given[0], given[1]])
-        meeting.wait(timeout=60)
-        return both
-
+def on_two_ranks(gathers, outcome=lambda rank: rank.result(timeout=120), **kwargs):
+    """Step 2 on both of two ranks at once."""
     with ThreadPoolExecutor(2) as pool:
         ranks = [
-            pool.submit(collect, step=2, rank=rank, num_processes=2, gather=partial(gather, rank), **kwargs)
-            for rank in range(2)
+            pool.submit(collect, step=2, rank=rank, num_processes=2, gather=gather, **kwargs)
+            for rank, gather in enumerate(gathers)
         ]
         return [outcome(rank) for rank in ranks]
 
 
-def test_two_ranks_may_have_lost_different_numbers_of_pictures():
+def test_two_ranks_may_have_lost_different_numbers_of_pictures(gathers):
     whole = collect(first_missing(), step=2, num_prompts=4)
-    parts = on_two_ranks(reward=first_missing(), num_prompts=4)
+    parts = on_two_ranks(gathers, reward=first_missing(), num_prompts=4)
     assert sorted(map(len, parts)) == [5, 6]
     both = {key: values for part in parts for key, values in by_sample(part).items()}
     assert max((values[2] - both[key][2]).abs().item() for key, values in by_sample(whole).items()) < 1e-5
 
 
-def test_where_one_rank_is_left_with_nothing_both_stop():
+def test_where_one_rank_is_left_with_nothing_both_stop(gathers):
     first = collect(step=2, num_prompts=2).prompts.text[0]
 
     def never(images, prompts, metadata):
         return torch.tensor([NAN if prompt == first else 0.5 for prompt in prompts])
 
-    said = on_two_ranks(outcome=lambda rank: str(rank.exception(timeout=120)), reward=never, num_prompts=2)
+    said = on_two_ranks(gathers, outcome=lambda rank: str(rank.exception(timeout=120)), reward=never, num_prompts=2)
     assert said[0] == "only 0 of 3 pictures were scored, no two of them of one prompt"
     assert said[1] == "another process had to stop, and says why"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no server"), UserError("the key is missing.")])
-def test_a_reward_that_fails_on_one_rank_stops_both(error):
+def test_a_reward_that_fails_on_one_rank_stops_both(error, gathers):
     first = collect(step=2, num_prompts=2).prompts.text[0]
 
     def broken(images, prompts, metadata):
@@ -199,7 +186,7 @@ def test_a_reward_that_fails_on_one_rank_stops_both(error):
             raise error
         return brightness(images, prompts, metadata)
 
-    said = on_two_ranks(outcome=lambda rank: rank.exception(timeout=120), reward=broken, num_prompts=2)
+    said = on_two_ranks(gathers, outcome=lambda rank: rank.exception(timeout=120), reward=broken, num_prompts=2)
     assert [type(each) for each in said] == [StoppedTogether, StoppedTogether]
     assert str(error) in str(said[0])
     assert str(said[1]) == "another process had to stop, and says why"

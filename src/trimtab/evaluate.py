@@ -10,6 +10,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from trimtab.metrics.image_stats import image_statistics
 from trimtab.metrics.intervals import Interval, bootstrap, bootstrap_over_tags
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
+from trimtab.processes import ALONE, Processes
 from trimtab.rewards import Reward
 from trimtab.rewards.detectors import read_blocks
 from trimtab.rewards.geneval import judge
@@ -86,16 +88,24 @@ def evaluate(
     described: Mapping[str, Any] | None = None,
     reference: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """The results, also written to `folder`, the pictures before they are scored. `rewards` are scored beside what the
     suite itself knows to measure; `described` (model, adapter, ...) is copied into the results; with a `reference` role
-    they also tell the drift."""
+    they also tell the drift. All processes draw; the first one scores and writes, and the others get nothing."""
     group = torch.arange(len(prompts)).repeat_interleave(setting.images_per_prompt)  # (B,)
     seeds = [setting.seed + i for i in range(len(group))]
-    images, latents = generate(pipeline, role, prompts, group, seeds, setting, progress)
+    images, latents = generate(pipeline, role, prompts, group, seeds, setting, progress, processes)
+    moved = {}
+    if reference is not None:
+        moved = {"drift": drift(pipeline, role, reference, latents, prompts, group, setting, processes)}
+    if processes.rank:
+        return {}
     places = [(int(g), i % setting.images_per_prompt) for i, g in enumerate(group)]
     files = [f"images/{g:05d}/samples/{sibling:04d}.png" for g, sibling in places]
-    _place(folder, dict(zip(files, map(png, images), strict=True)) | _facts(prompts))
+    with ThreadPoolExecutor() as pool:  # half a second for a picture of 1024 pixels, of which Python sees little
+        pngs = list(pool.map(png, images))
+    _place(folder, dict(zip(files, pngs, strict=True)) | _facts(prompts))
     text, metadata = prompts.of(group)
     columns, reasons = _scores(images, text, metadata, rewards or {})
     tags = [line.get("tag", "all") for line in metadata]
@@ -105,7 +115,7 @@ def evaluate(
         "num_images": len(images),
         "scores": {name: _summary(values, group, tags) for name, values in columns.items()},
         **_look(images, group, prompts),
-        **({} if reference is None else {"drift": drift(pipeline, role, reference, latents, prompts, group, setting)}),
+        **moved,
         "versions": versions(),
     }
     rows = [
@@ -135,22 +145,39 @@ def generate(
     seeds: list[int],
     setting: Setting,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, H, W) on the CPU and their latents, one for each entry of `group` (B,), its prompt, and seed."""
+    """Pictures (B, 3, H, W) on the CPU and their latents, one for each entry of `group` (B,), its prompt, and seed. Of
+    several processes each draws some, and the first alone is given pictures."""
     side = setting.resolution or pipeline.resolution
     shape = pipeline.latent_shape(side)
     num_calls = setting.num_inference_steps
     grid = pipeline.few_step_grid if setting.few_step else pipeline.time_grid
     times = grid(num_calls, setting.resolution)
-    images, latents = torch.empty(len(group), 3, side, side), torch.empty(len(group), *shape, device=pipeline.device)
-    for part in setting.parts(len(group), side):
+    images = torch.empty(0 if processes.rank else len(group), 3, side, side)
+    latents = torch.empty(len(group), *shape, device=pipeline.device)
+    parts = setting.parts(len(group), side)
+    for first in range(0, len(parts), processes.number):
+        shares = [
+            parts[min(first + rank, len(parts) - 1)] for rank in range(processes.number)
+        ]  # the last, if need be, again
+        part = shares[processes.rank]
         number = num_calls if setting.few_step or pipeline.adds_noise else 1
         noises = _noises([seeds[i] for i in part], shape, number).to(pipeline.device)
         own = pipeline.encode([prompts.text[g] for g in group[part]])
         made = sample(pipeline, noises, times, own, role, setting.guidance_scale, setting.few_step)
-        latents[part], images[part] = made, pipeline.decode(made).cpu()
-        progress(int(part[-1]) + 1, len(group))
+        _place_shares(latents, made, shares, len(parts[0]), processes)
+        _place_shares(images, pipeline.decode(made), shares, len(parts[0]), processes)
+        progress(int(shares[-1][-1]) + 1, len(group))
     return images, latents
+
+
+def _place_shares(whole: Tensor, own: Tensor, shares: list[Tensor], size: int, processes: Processes) -> None:
+    """What each process has made, `size` or fewer samples, where it belongs; nothing where the whole has no place."""
+    padded = torch.cat([own, own.new_zeros(size - len(own), *own.shape[1:])])  # processes gather equal shapes
+    for share, found in zip(shares, processes.everybody(padded).split(size), strict=True):
+        if len(whole):
+            whole[share.to(whole.device)] = found[: len(share)].to(whole.device)
 
 
 def sample(
@@ -186,7 +213,14 @@ def _noises(seeds: list[int], shape: tuple[int, ...], number: int) -> Tensor:
 
 @torch.no_grad()
 def drift(
-    pipeline: Pipeline, role: str, reference: str, latents: Tensor, prompts: Prompts, group: Tensor, setting: Setting
+    pipeline: Pipeline,
+    role: str,
+    reference: str,
+    latents: Tensor,
+    prompts: Prompts,
+    group: Tensor,
+    setting: Setting,
+    processes: Processes = ALONE,
 ) -> float:
     """Mean square difference of two roles' fields, unguided where they can be, on the first one's own samples, over
     times and dimensions.
@@ -194,7 +228,7 @@ def drift(
     With the weight (1 - t) / t in place of 1, and a sum over dimensions, it would be KL (docs/notation.md).
     """
     total, scale = 0.0, pipeline.training_scale(setting.guidance_scale)
-    for part in setting.parts(len(group), setting.resolution or pipeline.resolution):
+    for part in setting.parts(len(group), setting.resolution or pipeline.resolution)[processes.mine]:
         x0, own = latents[part.to(latents.device)], pipeline.encode([prompts.text[g] for g in group[part]])
         for number in range(DRIFT_TIMES):
             t = torch.tensor((number + 0.5) / DRIFT_TIMES)
@@ -202,7 +236,7 @@ def drift(
             x_t = pipeline.process.noised(x0, eps.to(x0), t.to(x0))
             fields = [pipeline.predict(x_t, t, own, name, scale).flow for name in (role, reference)]
             total += denoising_error(*fields).sum().item() / DRIFT_TIMES
-    return total / len(group)
+    return processes.everybody(torch.tensor([total], dtype=torch.float64)).sum().item() / len(group)
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

@@ -184,23 +184,23 @@ def _save(run: Run) -> None:
 
 def _finish(run: Run) -> None:
     """The export, the evaluation of what was trained, and the page."""
-    if not run.writes:
-        return
-    run.method.export(run.folder / "export")
-    for file in (run.folder / "export").rglob("*.safetensors"):
-        as_umask(file)
+    if run.writes:
+        run.method.export(run.folder / "export")
+        for file in (run.folder / "export").rglob("*.safetensors"):
+            as_umask(file)
     if run.pipeline is None:
         return
     if run.config.evaluation.suite is not None:
         _evaluate(run, "trained", run.result, _setting(run))
-    write_card(run.folder)
-    write_report(run.folder)
+    if run.writes:
+        write_card(run.folder)
+        write_report(run.folder)
 
 
 def _evaluate_base(run: Run) -> None:
     """How the pre-trained model does: as the trained one will be sampled, and at its best."""
     config = run.config.evaluation
-    if run.pipeline is None or config.suite is None or not run.writes:
+    if run.pipeline is None or config.suite is None:
         return
     setting = _setting(run)
     _evaluate(run, "base", REFERENCE, setting)
@@ -213,9 +213,10 @@ def _evaluate_base(run: Run) -> None:
 
 
 def _evaluate(run: Run, label: str, role: str, setting: evaluate.Setting) -> None:
-    folder = run.folder / "evaluation" / label
-    if (folder / "results.json").is_file():
-        return  # written last, so all of it is there
+    folder, processes = run.folder / "evaluation" / label, Processes.of(run.accelerator)
+    there = torch.tensor([float((folder / "results.json").is_file())])  # written last, so all of it is there
+    if processes.everybody(there)[0]:
+        return
     alone = {} if run.rewards is None else run.rewards.alone()
     own = {name: reward for name, reward in alone.items() if name not in BUILT_IN}
     results = evaluate.evaluate(
@@ -231,7 +232,10 @@ def _evaluate(run: Run, label: str, role: str, setting: evaluate.Setting) -> Non
         },
         reference=REFERENCE if role == run.result else None,
         progress=lambda done, total: run.display.progress(f"evaluating {label}", done, total),
+        processes=processes,
     )
+    if not run.writes:
+        return
     numbers = {f"eval/{label}/{name}": value for name, value in evaluate.headline(results).items()}
     append(run.folder / "metrics.jsonl", run.learner.step, numbers)
 
@@ -256,13 +260,16 @@ def _setting(run: Run) -> evaluate.Setting:
 def _pictures(run: Run, step: int) -> None:
     """samples/step-000100.png: the same prompts from the same noise each time, in one grid."""
     number = run.config.training.num_validation_prompts
-    if run.pipeline is None or not number or not run.writes:
+    if run.pipeline is None or not number:
         return
     prompts = run.unseen
     number = min(number, len(prompts))
     chosen = prompts[[i * len(prompts) // number for i in range(number)]]
     setting = replace(_setting(run), images_per_prompt=1)
-    images, _ = evaluate.generate(run.pipeline, run.result, chosen, torch.arange(number), list(range(number)), setting)
+    group, seeds, processes = torch.arange(number), list(range(number)), Processes.of(run.accelerator)
+    images, _ = evaluate.generate(run.pipeline, run.result, chosen, group, seeds, setting, processes=processes)
+    if not run.writes:
+        return
     columns = math.ceil(math.sqrt(number))
     blank = images.new_ones(columns * math.ceil(number / columns) - number, *images.shape[1:])
     grid = torch.cat([images, blank]).unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
