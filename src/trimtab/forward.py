@@ -12,12 +12,12 @@ from torch import Tensor
 
 from trimtab import noise
 from trimtab.batch import Condition, Rollout
-from trimtab.config import Strict
+from trimtab.method import MethodSettings
 from trimtab.pipelines import Pipeline
 from trimtab.process import shifted, stratified
 
 
-class TimesConfig(Strict):
+class TimesConfig(MethodSettings):
     """Where on the path from data to noise a sample is trained."""
 
     num_train_times: int = Field(10, gt=0)  # T, for each sample of a rollout

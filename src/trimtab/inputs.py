@@ -14,7 +14,7 @@ from trimtab.rewards import BUILT_IN, check_side
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards import check as check_rewards
 from trimtab.rewards.composite import Composite
-from trimtab.roles import TRAINED, check_targets
+from trimtab.roles import check_targets
 from trimtab.worlds.files import load_prompts
 from trimtab.worlds.pairs import Pairs, load_pairs
 from trimtab.worlds.pictures import Pictures, load_pictures
@@ -66,9 +66,9 @@ def check(config: RunConfig) -> Inputs:
     if config.method.name in PRETRAIN:
         check_one_process(config.method.name)
         return Inputs()
-    strange = set(config.optimizer.learning_rates) - set(getattr(config.method, "trained_roles", (TRAINED,)))
+    strange = set(config.optimizer.learning_rates) - set(config.method.trained_roles)
     if strange:
-        known = ", ".join(getattr(config.method, "trained_roles", (TRAINED,)))
+        known = ", ".join(config.method.trained_roles)
         raise UserError(f"optimizer.learning_rates names {min(strange)!r}; the networks that learn are {known}.")
     kinds = {
         **dict.fromkeys(CAPTIONED, _captioned_inputs),
@@ -106,8 +106,8 @@ def _check_read(config: RunConfig) -> None:
     """UserError for what a recipe names and its method would never look at, be it right or wrong."""
     name, data = config.method.name, config.data
     drawing, captioned = name in PRETRAIN, name in CAPTIONED
-    pictures = captioned or getattr(config.method, "wants_pictures", False)
-    offline = getattr(config.method, "variant", None) == "offline"
+    pictures = captioned or config.method.wants_pictures
+    offline = config.method.learns_from_pairs
     in_vain = {
         "data.pairs": (data.pairs is not None and not offline, READS_PAIRS),
         "data.pictures": (data.pictures != "blocks" and not pictures, READS_PICTURES),
@@ -160,7 +160,7 @@ def _distillation_inputs(config: RunConfig) -> Inputs:
             f"method.fake_warmup={config.method.fake_warmup} is over before the learning rate, which grows over "
             f"optimizer.lr_warmup_steps={config.optimizer.lr_warmup_steps} steps, has begun to; set one of them to 0."
         )
-    if config.rollout.merge_lora and getattr(config.method, "reuse", 1) > 1:
+    if config.rollout.merge_lora and isinstance(config.method, gndm.GNDMConfig) and config.method.reuse > 1:
         raise UserError(
             "a rollout that is used again is compared with what drew it, to more digits than merged weights keep; "
             "leave rollout.merge_lora at false, or method.reuse at 1."
@@ -171,7 +171,7 @@ def _distillation_inputs(config: RunConfig) -> Inputs:
     unseen = load_prompts(config.evaluation.suite or config.data.prompts, "test") if _shows(config) else None
     rewards = _rewards(config, prompts, unseen) if config.rewards else None
     pictures = None
-    if getattr(config.method, "wants_pictures", False):
+    if config.method.wants_pictures:
         pictures = load_pictures(config.data.pictures, config.data.on_error)
     if rewards is not None:
         calls, size = config.rollout.num_inference_steps, config.rollout.group_size
@@ -192,7 +192,7 @@ def _one_step_inputs(config: RunConfig) -> Inputs:
         raise UserError(
             "a generator of one call is sampled so; give evaluation.num_inference_steps=1 evaluation.guidance_scale=1."
         )
-    if getattr(method, "variant", "online") == "offline":
+    if method.learns_from_pairs:
         if rollout.group_size < 2:
             raise UserError("rollout.group_size is 1; give 2 or more: distances among candidates are the unit.")
         return _offline_inputs(config)
@@ -202,7 +202,7 @@ def _one_step_inputs(config: RunConfig) -> Inputs:
     else:
         needed, there = method.num_positive + method.num_negative, rollout.group_size
         rounds = ""
-        if getattr(method, "variant", "online") == "binary":
+        if isinstance(method, drpo.DrPOConfig) and method.variant == "binary":
             there, rounds = there * method.num_rounds, f" in {method.num_rounds} rounds"
         if needed > there:
             raise UserError(

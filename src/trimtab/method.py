@@ -10,6 +10,43 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from trimtab.config import Strict
+from trimtab.roles import TRAINED
+
+
+class MethodSettings(Strict):
+    """What a recipe may say of a method; a paper's own settings are those of its subclass. The properties are what the
+    rest of the house asks of any method."""
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        return (TRAINED,)
+
+    @property
+    def frozen_roles(self) -> tuple[str, ...]:
+        """Copies of the weights that no gradient trains, beside the reference."""
+        return ()
+
+    @property
+    def result(self) -> str:
+        """The role that is shown, evaluated and exported."""
+        return TRAINED
+
+    @property
+    def sampler(self) -> str:
+        """The role that draws rollouts."""
+        return TRAINED
+
+    @property
+    def wants_pictures(self) -> bool:
+        """Whether it learns from captioned pictures beside its samples."""
+        return False
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether it learns from pictures that somebody preferred, in place of rewards."""
+        return False
+
 
 @dataclass(frozen=True)
 class Loss:

@@ -65,8 +65,7 @@ def _checked(folder: Path, step: int | None) -> tuple[RunConfig, int, Path | Non
     if not file.is_file():
         raise UserError(f"{folder} has no config.yaml; give the folder of a run that `trimtab train` wrote.")
     config = validate(RunConfig, {k: v for k, v in load_yaml(file).items() if k not in ABOUT}, str(file))
-    offline = getattr(config.method, "variant", "online") == "offline"
-    if config.method.name not in (*ONLINE, *ONE_STEP) or not config.rewards or offline:
+    if config.method.name not in (*ONLINE, *ONE_STEP) or not config.rewards or config.method.learns_from_pairs:
         raise UserError(f"{folder} is a run of {config.method.name} without candidates that a reward ranked.")
     if step == 0:
         return config, 0, None

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from trimtab import noise
 from trimtab.batch import Condition, Prompts, whole_groups
-from trimtab.config import Strict
 from trimtab.matching import Normaliser, fake_score_loss, misfit, push_loss
-from trimtab.method import Loss
+from trimtab.method import Loss, MethodSettings
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.process import NUM_TIMESTEPS, logit_normal
@@ -38,7 +37,7 @@ STUDENT, FAKE, AVERAGE = TRAINED, "fake", "average"
 TimeMode = Literal["independent", "stratified", "shared", "shared_stratified"]
 
 
-class StudentConfig(Strict):
+class StudentConfig(MethodSettings):
     """What all distribution matching has."""
 
     fake_updates: int = Field(5, ge=1)  # of the fake network, for each of the student
@@ -68,7 +67,6 @@ class StudentConfig(Strict):
 
     @property
     def result(self) -> str:
-        """The role that is evaluated and exported."""
         return STUDENT if self.ema_decay is None else AVERAGE
 
 

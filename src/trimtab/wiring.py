@@ -15,7 +15,6 @@ from trimtab.pipelines import Pipeline, loading
 from trimtab.processes import Processes
 from trimtab.recipe import RunConfig
 from trimtab.rewards.composite import Composite
-from trimtab.roles import TRAINED
 from trimtab.rollout import Rollouts
 from trimtab.student import Student
 
@@ -45,12 +44,12 @@ class Run:
     @property
     def result(self) -> str:
         """The role that is shown, evaluated and exported."""
-        return getattr(self.config.method, "result", TRAINED)
+        return self.config.method.result
 
     @property
     def sampler(self) -> str:
         """The role that draws rollouts."""
-        return getattr(self.config.method, "sampler", TRAINED)
+        return self.config.method.sampler
 
     @property
     def writes(self) -> bool:
@@ -92,7 +91,7 @@ def _with_weights(config: RunConfig, accelerator: Accelerator, inputs: Inputs) -
         config.model.pretrained_model_name_or_path,
         lora=config.model.lora,
         adapters=inputs.adapters,
-        trained=getattr(config.method, "trained_roles", (TRAINED,)),
+        trained=config.method.trained_roles,
         frozen=config.method.frozen_roles,
         precision=config.model.precision,
         device=accelerator.device,

@@ -50,10 +50,9 @@ from torch import Tensor, nn
 
 from trimtab.batch import Captions
 from trimtab.captioned import Captioned
-from trimtab.config import Strict
 from trimtab.grid import grid_noise, predict_pairs
 from trimtab.matching import denoising_error
-from trimtab.method import Loss, Stateful
+from trimtab.method import Loss, MethodSettings, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.soft_tokens import NEGATIVE, POSITIVE, TokenSettings
 from trimtab.roles import TRAINED
@@ -61,7 +60,7 @@ from trimtab.roles import TRAINED
 AVERAGE = "average"
 
 
-class AGSMConfig(Strict):
+class AGSMConfig(MethodSettings):
     """Defaults: the released code's for SD3, but for where the average starts."""
 
     name: Literal["agsm"] = "agsm"

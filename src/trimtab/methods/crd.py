@@ -100,7 +100,6 @@ class CRDConfig(TimesConfig):
 
     @property
     def sampler(self) -> str:
-        """The role that draws rollouts."""
         return OLD if self.sampling_model_decay is None else SAMPLER
 
     @field_validator("old_model_decay", "sampling_model_decay")

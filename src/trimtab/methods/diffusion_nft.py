@@ -61,7 +61,6 @@ class DiffusionNFTConfig(TimesConfig):
 
     @property
     def sampler(self) -> str:
-        """The role that draws rollouts."""
         return OLD
 
 

@@ -26,24 +26,19 @@ from torch import Tensor, nn
 
 from trimtab.batch import whole_groups
 from trimtab.candidates import Ranked, in_units_of_siblings, latents_of, ranked
-from trimtab.config import Strict
-from trimtab.method import Loss, Stateful
+from trimtab.method import Loss, MethodSettings, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
 
 
-class DPOOneStepConfig(Strict):
+class DPOOneStepConfig(MethodSettings):
     """Defaults: the released code's."""
 
     name: Literal["dpo-one-step"] = "dpo-one-step"
     beta: float = Field(30.0, gt=0)
     num_positive: int = Field(8, gt=0)
     num_negative: int = Field(8, gt=0)
-
-    @property
-    def frozen_roles(self) -> tuple[str, ...]:
-        return ()
 
 
 def gaps(x: Tensor, better: Tensor, worse: Tensor) -> Tensor:

@@ -23,25 +23,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.batch import Rollout
-from trimtab.config import Strict
 from trimtab.errors import UserError
 from trimtab.matching import denoising_error
-from trimtab.method import Loss, Stateful
+from trimtab.method import Loss, MethodSettings, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.rewards.composite import Composite, is_smooth, with_gradient
 from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
 
 
-class DRaFTConfig(Strict):
+class DRaFTConfig(MethodSettings):
     """Defaults: those of DrPO's authors for SD-Turbo."""
 
     name: Literal["draft"] = "draft"
     latent_weight: float = Field(0.0, ge=0)
-
-    @property
-    def frozen_roles(self) -> tuple[str, ...]:
-        return ()
 
 
 @dataclass

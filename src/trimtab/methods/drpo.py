@@ -49,8 +49,7 @@ from torch import Tensor, nn
 
 from trimtab.batch import whole_groups
 from trimtab.candidates import Offline, Ranked, Space, in_units_of_siblings, latents_of, ranked, successes_and_failures
-from trimtab.config import Strict
-from trimtab.method import Loss, Stateful
+from trimtab.method import Loss, MethodSettings, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.features import FeaturesConfig, build
 from trimtab.rewards import recognizer
@@ -63,7 +62,7 @@ FLOOR_DISTANCE, FLOOR_SCALE, FLOOR_AFFINITY, FLOOR_RMS = 1e-8, 1e-3, 1e-6, 1e-8 
 Kernel = Literal["laplacian", "rbf", "cosine"]
 
 
-class FieldConfig(Strict):
+class FieldConfig(MethodSettings):
     """Eq. 1 to 7. Defaults: the released code's."""
 
     kernel: Kernel = "laplacian"
@@ -98,8 +97,8 @@ class DrPOConfig(FieldConfig):
     num_rounds: int = Field(4, gt=0)  # variant=binary: rollouts until there are M of both
 
     @property
-    def frozen_roles(self) -> tuple[str, ...]:
-        return ()
+    def learns_from_pairs(self) -> bool:
+        return self.variant == "offline"
 
     @model_validator(mode="after")
     def _equal_sides(self) -> Self:

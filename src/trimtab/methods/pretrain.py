@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from trimtab import noise
-from trimtab.config import Strict
 from trimtab.errors import UserError
 from trimtab.matching import denoising_error
-from trimtab.method import Loss, Stateful
+from trimtab.method import Loss, MethodSettings, Stateful
 from trimtab.pipelines import micro
 from trimtab.pipelines.sd3 import SD3
 from trimtab.process import logit_normal
@@ -37,14 +36,14 @@ from trimtab.worlds import blocks
 CHUNK = 250  # scenes drawn at a time
 
 
-class PretrainVAEConfig(Strict):
+class PretrainVAEConfig(MethodSettings):
     name: Literal["pretrain-vae"]
     num_scenes: int = Field(20_000, gt=0)
     train_batch_size: int = Field(64, gt=0)
     kl_weight: float = Field(1e-4, ge=0)
 
 
-class PretrainMicroConfig(Strict):
+class PretrainMicroConfig(MethodSettings):
     name: Literal["pretrain-micro"]
     vae: str = "runs/pretrain-micro-vae/export"
     num_scenes: int = Field(200_000, gt=0)
@@ -55,7 +54,7 @@ class PretrainMicroConfig(Strict):
     ema_decay: float = Field(0.999, ge=0, lt=1)
 
 
-class PretrainRecognizerConfig(Strict):
+class PretrainRecognizerConfig(MethodSettings):
     name: Literal["pretrain-recognizer"]
     num_scenes: int = Field(30_000, gt=0)
     train_batch_size: int = Field(128, gt=0)

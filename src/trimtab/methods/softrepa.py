@@ -31,16 +31,15 @@ from torch.nn import functional
 
 from trimtab.batch import Captions
 from trimtab.captioned import Captioned
-from trimtab.config import Strict
 from trimtab.grid import grid_noise, predict_pairs
 from trimtab.matching import denoising_error
-from trimtab.method import Loss, Stateful
+from trimtab.method import Loss, MethodSettings, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.soft_tokens import TokenSettings
 from trimtab.roles import TRAINED
 
 
-class SoftREPAConfig(Strict):
+class SoftREPAConfig(MethodSettings):
     """Defaults: the released code's for SD3."""
 
     name: Literal["softrepa"] = "softrepa"
