@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from trimtab.captioned import Captioned, CaptionedConfig, Order
+from trimtab.distributed import Processes
 from trimtab.errors import UserError
-from trimtab.processes import Processes
 from trimtab.worlds.pictures import load_pictures
 
 

@@ -12,6 +12,7 @@ from scipy.stats import norm
 from torch.nn import functional
 
 from trimtab.batch import Prompts, Rollout
+from trimtab.distributed import Processes
 from trimtab.errors import UserError
 from trimtab.forward import Points, points, times_of
 from trimtab.groups import means
@@ -27,7 +28,6 @@ from trimtab.methods.crd import (
     parse_schedule,
     unit_signal,
 )
-from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import RolloutConfig, Rollouts
 from trimtab.worlds.gaussians import Mixture

@@ -12,9 +12,9 @@ from PIL import Image
 
 from trimtab import evaluate, inference
 from trimtab.batch import Prompts
+from trimtab.distributed import Processes
 from trimtab.errors import UserError
 from trimtab.evaluate import Setting
-from trimtab.processes import Processes
 from trimtab.worlds import blocks
 
 QUIET = SimpleNamespace(note=lambda text: None, progress=lambda *args: None)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from trimtab import noise
 from trimtab.batch import Prompts
+from trimtab.distributed import Processes
 from trimtab.errors import UserError
 from trimtab.learner import Learner
 from trimtab.matching import normalised_direction
@@ -24,7 +25,6 @@ from trimtab.methods.gndm import (
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines.loading import load
 from trimtab.process import RectifiedFlow, VariancePreserving
-from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite, RewardFailed
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from trimtab.distributed import launched
 from trimtab.errors import UserError
 from trimtab.learner import Learner, _buckets, _of_all
 from trimtab.method import Loss
 from trimtab.optimizer import OptimizerConfig, lr_factor
-from trimtab.processes import launched
 
 
 def line(seed):

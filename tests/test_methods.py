@@ -65,6 +65,9 @@ class World:
     def start(self, noise):
         return noise
 
+    def training_scale(self, guidance_scale):
+        return 1.0
+
     def encode(self, texts):
         prompt = nn.functional.one_hot(torch.tensor([int(text) for text in texts]), 4).float()  # (P, 4)
         return Condition(prompt[:, None], prompt)

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from trimtab.batch import Prompts
 from trimtab.candidates import Anchors, Ranked, ranked
+from trimtab.distributed import Processes
 from trimtab.learner import Learner
 from trimtab.methods.dpo_one_step import DPOOneStep, DPOOneStepConfig, gaps, slope
 from trimtab.methods.draft import DRaFT, DRaFTConfig
 from trimtab.methods.drpo import DrPO, DrPOConfig, drift
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines import loading
-from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig, Rollouts

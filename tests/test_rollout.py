@@ -8,10 +8,10 @@ import torch
 
 from trimtab import noise
 from trimtab.batch import Condition, Prompts
+from trimtab.distributed import Processes
 from trimtab.errors import StoppedTogether, UserError
 from trimtab.prediction import Prediction
 from trimtab.process import RectifiedFlow
-from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite, RewardFailed
 from trimtab.rollout import RolloutConfig, Rollouts
 from trimtab.solvers import time_grid

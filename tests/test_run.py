@@ -23,9 +23,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trimtab import bench, checkpoint, inputs, run, wiring
 from trimtab.cli import main
+from trimtab.distributed import Processes
 from trimtab.errors import UserError
 from trimtab.learner import Learner
-from trimtab.processes import Processes
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import Rollouts
 
@@ -643,7 +643,7 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted(ready):
 
     class Spoilt:
         config, time_grid = method.rollouts.config, method.rollouts.time_grid
-        mean_length = method.rollouts.mean_length
+        mean_length, training_scale = method.rollouts.mean_length, 1.0
 
         def collect(self, step, role):
             rollout, log = collect(step, role)

@@ -245,7 +245,10 @@ def crd_gradient(face, batch_size):
     columns = {"reward": advantage.sigmoid(), "scaled": advantage, "advantage": advantage}
     rollout = Rollout(prompts, face.encode(TEXTS), latents, group, sibling, **columns, seed=0, step=0)
     rollouts = SimpleNamespace(
-        config=RolloutConfig(num_inference_steps=4), time_grid=lambda: face.time_grid(4), mean_length=len
+        config=RolloutConfig(num_inference_steps=4),
+        time_grid=lambda: face.time_grid(4),
+        mean_length=len,
+        training_scale=1.0,
     )
     method = CRD(CRDConfig(num_train_times=2, kl_cfg=2.0), face, rollouts, batch_size)
     inputs = list(face.roles.parameters("default").values())

@@ -10,13 +10,13 @@ from scipy.stats import beta
 
 from trimtab import noise
 from trimtab.batch import Prompts
+from trimtab.distributed import Processes
 from trimtab.learner import Learner
 from trimtab.methods.dmd2 import DMD2, DMD2Config
 from trimtab.methods.dmdr import DMDR, DMDRConfig
 from trimtab.methods.gndm import GNDM, GNDMConfig
 from trimtab.optimizer import OptimizerConfig
 from trimtab.pipelines.loading import load
-from trimtab.processes import Processes
 from trimtab.roles import LoraSettings
 from trimtab.rollout import RolloutConfig
 from trimtab.student import FAKE, STUDENT, Student, fake_time

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from trimtab.distributed import launched
 from trimtab.errors import UserError
 from trimtab.inputs import PRETRAIN, check
 from trimtab.learner import wait
 from trimtab.pipelines import Pipeline
-from trimtab.processes import launched
 from trimtab.recipe import RunConfig
 from trimtab.roles import TRAINED
 from trimtab.wiring import Display, Run, build

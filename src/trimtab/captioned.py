@@ -31,9 +31,9 @@ from trimtab import noise
 from trimtab.batch import Captions, Condition
 from trimtab.cache import Cache, Entry, fingerprint
 from trimtab.config import Strict
+from trimtab.distributed import ALONE, Processes
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
-from trimtab.processes import ALONE, Processes
 from trimtab.worlds.pictures import CURE, Pictures, Unusable
 
 logger = logging.getLogger(__name__)

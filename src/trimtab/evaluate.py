@@ -24,6 +24,7 @@ from torch import Tensor
 
 from trimtab import noise
 from trimtab.batch import Condition, Prompts
+from trimtab.distributed import ALONE, Processes
 from trimtab.files import atomic_write
 from trimtab.matching import denoising_error
 from trimtab.metrics.coverage import precision_recall
@@ -33,7 +34,6 @@ from trimtab.metrics.image_stats import image_statistics
 from trimtab.metrics.intervals import Interval, bootstrap, bootstrap_over_tags
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
-from trimtab.processes import ALONE, Processes
 from trimtab.rewards import Reward
 from trimtab.rewards.detectors import read_blocks
 from trimtab.rewards.geneval import judge

@@ -12,10 +12,10 @@ import torch
 
 from trimtab import evaluate
 from trimtab.batch import Prompts
+from trimtab.distributed import check_one_process
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import atomic_write, check_folder
 from trimtab.pipelines import Pipeline, loading
-from trimtab.processes import check_one_process
 from trimtab.rewards import BUILT_IN, check_side
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards.composite import RewardFailed

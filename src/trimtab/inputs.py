@@ -4,11 +4,11 @@ import logging
 from dataclasses import dataclass, field, replace
 
 from trimtab.batch import Prompts
+from trimtab.distributed import check_one_process, num_processes
 from trimtab.errors import UserError
 from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, dpo_one_step, draft, drpo, gndm, pretrain, softrepa
 from trimtab.pipelines import features, loading
 from trimtab.pipelines.adapters import Adapters
-from trimtab.processes import check_one_process, num_processes
 from trimtab.recipe import RunConfig
 from trimtab.rewards import BUILT_IN, check_side
 from trimtab.rewards import build as build_rewards

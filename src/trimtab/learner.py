@@ -23,9 +23,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from trimtab.distributed import Processes
 from trimtab.method import Method
 from trimtab.optimizer import OptimizerConfig, adamw, lr_factor, rate_of
-from trimtab.processes import Processes
 
 logger = logging.getLogger(__name__)
 

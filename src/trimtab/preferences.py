@@ -11,10 +11,10 @@ from pathlib import Path
 from trimtab import checkpoint, evaluate
 from trimtab.candidates import best_and_worst, in_units_of_siblings
 from trimtab.config import load_yaml, validate
+from trimtab.distributed import check_one_process, launched
 from trimtab.errors import UserError
 from trimtab.files import atomic_write, check_folder
 from trimtab.inputs import ONE_STEP, ONLINE, check
-from trimtab.processes import check_one_process, launched
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
 from trimtab.run import ABOUT, check_same_inputs

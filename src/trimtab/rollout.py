@@ -20,9 +20,9 @@ from torch import Tensor
 from trimtab import groups, noise
 from trimtab.batch import Prompts, Rollout
 from trimtab.config import Strict
+from trimtab.distributed import ALONE, Processes
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
-from trimtab.processes import ALONE, Processes
 from trimtab.rewards.composite import Composite, RewardFailed, Scored
 from trimtab.solvers import ode
 

@@ -13,12 +13,12 @@ import yaml
 
 from trimtab import checkpoint, evaluate
 from trimtab.config import RECIPES, dump, find_recipe, load_yaml, override, validate
+from trimtab.distributed import Processes, launched
 from trimtab.errors import RunStopped, StoppedTogether, UserError
 from trimtab.files import as_umask, atomic_write, lock
 from trimtab.inputs import DISTILLATION, ONE_STEP, Inputs, check
 from trimtab.learner import Record
 from trimtab.log import MetricsLog, append
-from trimtab.processes import Processes, launched
 from trimtab.recipe import RunConfig
 from trimtab.report import write_report
 from trimtab.report.card import write_card
@@ -272,7 +272,8 @@ def _pictures(run: Run, step: int) -> None:
         return
     columns = math.ceil(math.sqrt(number))
     blank = images.new_ones(columns * math.ceil(number / columns) - number, *images.shape[1:])
-    grid = torch.cat([images, blank]).unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    rows = torch.cat([images, blank]).split(columns)
+    grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1)  # (3, H, W)
     atomic_write(run.folder / "samples" / f"step-{step:06d}.png", evaluate.png(grid))
 
 

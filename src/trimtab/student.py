@@ -22,12 +22,12 @@ from torch import Tensor
 
 from trimtab import noise
 from trimtab.batch import Condition, Prompts, whole_groups
+from trimtab.distributed import ALONE, Processes
 from trimtab.matching import Normaliser, fake_score_loss, misfit, push_loss
 from trimtab.method import Loss, MethodSettings
 from trimtab.pipelines import Pipeline
 from trimtab.prediction import Prediction
 from trimtab.process import NUM_TIMESTEPS, logit_normal
-from trimtab.processes import ALONE, Processes
 from trimtab.rewards.composite import with_gradient
 from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import RolloutConfig, share

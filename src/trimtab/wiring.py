@@ -8,11 +8,11 @@ from accelerate import Accelerator
 
 from trimtab.batch import Prompts
 from trimtab.captioned import Captioned
+from trimtab.distributed import Processes
 from trimtab.inputs import CAPTIONED, DISTILLATION, ONE_STEP, ONLINE, PRETRAIN, Inputs
 from trimtab.learner import Learner
 from trimtab.method import Method
 from trimtab.pipelines import Pipeline, loading
-from trimtab.processes import Processes
 from trimtab.recipe import RunConfig
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import Rollouts

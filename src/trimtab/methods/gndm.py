@@ -43,12 +43,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab import groups
+from trimtab.distributed import ALONE, Processes
 from trimtab.errors import UserError
 from trimtab.matching import BinnedMean, Normaliser, normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.process import Process, over
-from trimtab.processes import ALONE, Processes
 from trimtab.rewards.composite import Composite, is_smooth
 from trimtab.rollout import ADVANTAGE_EPS, comparable
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Draw, Student, StudentConfig, TimeMode, fake_time

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from trimtab.processes import ALONE, Processes
+from trimtab.distributed import ALONE, Processes
 
 
 def launched(rank, number):
