@@ -201,7 +201,7 @@ def test_a_picture_that_proves_broken_is_named_or_left_out(tiny, folder):
         offline(tiny(), folder).collect(0, "default")
     batch, log = offline(tiny(), folder, "skip").collect(0, "default")
     assert [batch.rollout.prompts.text[g] for g in batch.rollout.group.unique()] == ["a red circle"]
-    assert (len(batch.worse), log["skipped_pictures"], batch.frac_skipped()) == (1, 1, 0.5)
+    assert (len(batch.worse), log["pictures_left_out"], batch.frac_skipped()) == (1, 1, 0.5)
 
 
 def test_several_rewards_are_weighed_in_units_of_the_siblings():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from trimtab.captioned import Captioned, CaptionedConfig, Order
 from trimtab.distributed import Processes
-from trimtab.errors import UserError
+from trimtab.errors import StoppedTogether, UserError
 from trimtab.worlds.pictures import load_pictures
 
 
@@ -306,6 +306,6 @@ def together(pair, step):
 
 def test_where_one_process_cannot_go_on_all_stop(captioned, folder):
     other = captioned(num_processes=2, batch_size=2, num_workers=0)
-    other.processes = Processes(0, 2, lambda own: torch.cat([own, torch.tensor([1, 0])]))
-    with pytest.raises(UserError, match="another process found a picture"):
+    other.processes = Processes(0, 2, lambda own: torch.cat([own, torch.ones_like(own)]))
+    with pytest.raises(StoppedTogether, match="another process had to stop, and says why"):
         other.collect(0)

@@ -1,6 +1,7 @@
 """GNDM's own mathematics: importance ratios, the score function, and how rewards are weighed beside the teacher."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from trimtab import noise
 from trimtab.batch import Prompts
 from trimtab.distributed import Processes
-from trimtab.errors import UserError
+from trimtab.errors import StoppedTogether, UserError
 from trimtab.learner import Learner
 from trimtab.matching import normalised_direction
 from trimtab.methods.gndm import (
@@ -214,6 +215,27 @@ def test_a_reward_with_a_gradient_moves_the_student_its_way_and_its_negative_the
         change[sign] = brightness(face, student) - before
     assert change[5.0] > 0.002
     assert change[-5.0] < -0.002
+
+
+def test_a_reward_whose_gradient_fails_on_one_process_stops_both(tiny_folder, gathers):
+    class Broken(Brightness):
+        def with_gradient(self, images, prompts, metadata):
+            raise RuntimeError("no server")
+
+    methods = []
+    for rank, reward in enumerate((Smooth(), Broken())):
+        _, student, method = built(tiny_folder, reward)
+        methods.append(replace(method, student=replace(student, processes=Processes(rank, 2, gathers[rank]))))
+
+    def update(method):
+        call = next(call for call in method.collect(0) if call.network == STUDENT)
+        list(method.losses(call))
+
+    with ThreadPoolExecutor(2) as threads:
+        updates = [threads.submit(update, method) for method in methods]
+        stopped = [each.exception(timeout=120) for each in updates]
+    assert [type(each) for each in stopped] == [StoppedTogether, StoppedTogether]
+    assert "no server" in str(stopped[1])
 
 
 def moved(face, seed, size, *roles):

@@ -718,7 +718,7 @@ def test_pairs_are_what_the_run_saw_and_train_offline(recipe, cli):
     turned = Path("pairs1/pairs.jsonl").read_text().replace('"chosen"', '"x"').replace('"rejected"', '"chosen"')
     Path("pairs1/pairs.jsonl").write_text(turned.replace('"x"', '"rejected"'))
     code, _, err = cli("train", path, "--resume")
-    assert (code, "the pairs of pairs1/pairs.jsonl are no longer those" in err) == (2, True)
+    assert (code, "pairs1/pairs.jsonl no longer holds the pairs of" in err) == (2, True)
     code, _, err = cli("train", path, "name=third", "rollout.group_size=1")
     assert (code, "rollout.group_size is 1; give 2 or more" in err) == (2, True)
 
@@ -768,7 +768,7 @@ def test_a_run_is_resumed_with_the_prompts_that_it_began_with(recipe, cli):
     Path("prompts.txt").write_text(before + "one more\n")
     code, _, err = cli("train", path, "--resume")
     assert code == 2
-    assert "the prompts of prompts.txt are no longer those of the run in runs/mine" in err
+    assert "prompts.txt no longer holds the prompts of the run in runs/mine" in err
     Path("prompts.txt").write_text(before)
     assert cli("train", path, "--resume")[0] == 0
     Path("prompts.txt").write_text("\n" + before)  # the same, one line further down
@@ -869,7 +869,7 @@ def test_a_run_is_resumed_with_the_suite_that_its_base_was_evaluated_on(recipe, 
     Path("suite.txt").write_text("a photo of a star\n")
     code, _, err = cli("train", path, "--resume")
     assert code == 2
-    assert "the suite of suite.txt are no longer those of the run in runs/mine" in err
+    assert "suite.txt no longer holds the suite of the run in runs/mine" in err
 
 
 def test_candidates_are_ranked_again_of_the_prompts_that_the_run_had(recipe, cli):
@@ -878,4 +878,4 @@ def test_candidates_are_ranked_again_of_the_prompts_that_the_run_had(recipe, cli
     Path("prompts.txt").write_text("a zebra\na lion\n")
     code, _, err = cli("pairs", "runs/mine", "--step", "0")
     assert code == 2
-    assert "the prompts of prompts.txt are no longer those" in err
+    assert "prompts.txt no longer holds the prompts of the run in runs/mine" in err

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trimtab.errors import UserError
 from trimtab.files import atomic_write
 
-FORMAT = 1  # count on when the same weights come to encode differently
+FORMAT = 2  # count on when the same weights come to encode differently
 
 
 @dataclass(frozen=True)

@@ -276,8 +276,8 @@ class Offline:
         rows = (torch.isin(drawn.group, better.group) & torch.isin(drawn.group, worse.group)).nonzero().squeeze(1)
         learns = torch.ones_like(drawn.group, dtype=torch.bool)
         asked = {number for column in columns for index in drawn.prompts.index for number in column[index]}
-        skipped = sum(number in self.known and self.known[number] is None for number in asked)
-        log = {"images": float(len(drawn)), "skipped_pictures": float(skipped)}
+        left_out = sum(self.known.get(number, 0) is None for number in asked)
+        log = {"images": float(len(drawn)), "pictures_left_out": float(left_out)}
         return Ranked(drawn, learns, better, worse, len(drawn.prompts))[rows], log
 
     def _anchors(self, prompts: Prompts, column: tuple[tuple[int, ...], ...]) -> Anchors:

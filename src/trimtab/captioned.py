@@ -251,10 +251,11 @@ class Captioned:
         found = self._read(step)
         self._report(found)
         keys = [(self.seed, step, item.index, noise.POSTERIOR) for item in found.items]
-        mean, std = self._posterior(found.items)
+        with self.processes.together():  # a cache's disk may be full
+            (mean, std), condition = self._posterior(found.items), self._condition(found.items)
         return Captions(
             x0=mean + std * noise.normal(keys, mean.shape[1:]).to(mean),
-            condition=self._condition(found.items),
+            condition=condition,
             text=tuple(item.text for item in found.items),
             index=tuple(item.index for item in found.items),
             seed=self.seed,
@@ -308,10 +309,11 @@ class Captioned:
                     f"only {len(found.items)} pictures are left for a batch of {self.config.batch_size}, "
                     f"{len(self.broken.union(new))} are broken; mend them, or make training.train_batch_size smaller."
                 )
-        problems, most = self._everybody([problem is not None, len(new)]).unbind(1)
-        if problems.any():
-            raise UserError(problem or "another process found a picture that stops the run; its message says which.")
-        if width := int(most.max()):
+        with self.processes.together():
+            width = int(self._everybody([len(new)]).max())
+            if problem is not None:
+                raise UserError(problem)
+        if width:
             rows = self._everybody(new + [-1] * (width - len(new)))
             self.broken |= set(rows.flatten().tolist()) - {-1}
 

@@ -157,10 +157,9 @@ def generate(
     images = torch.empty(0 if processes.rank else len(group), 3, side, side)
     latents = torch.empty(len(group), *shape, device=pipeline.device)
     parts = setting.parts(len(group), side)
+    last = len(parts) - 1  # which is drawn again by those who have none left
     for first in range(0, len(parts), processes.number):
-        shares = [
-            parts[min(first + rank, len(parts) - 1)] for rank in range(processes.number)
-        ]  # the last, if need be, again
+        shares = [parts[min(first + rank, last)] for rank in range(processes.number)]
         part = shares[processes.rank]
         number = num_calls if setting.few_step or pipeline.adds_noise else 1
         noises = _noises([seeds[i] for i in part], shape, number).to(pipeline.device)

@@ -54,9 +54,10 @@ class Inputs:
     unseen: Prompts | None = None  # for pictures and evaluation; of the test split, where there is one
     adapters: Adapters = field(default_factory=Adapters)  # what changes the model before it is trained
 
-    def hashes(self) -> dict[str, str]:
+    def hashes(self, config: RunConfig) -> dict[str, str]:
         """What is learnt from and evaluated, each as one number, as `config.yaml` keeps it."""
-        read = {"prompts": self.prompts, "pairs": self.pairs, "suite": self.unseen}
+        suite = None if config.evaluation.suite is None else self.unseen
+        read = {"prompts": self.prompts, "pairs": self.pairs, "suite": suite}
         return {f"{name}_sha256": each.sha256() for name, each in read.items() if each is not None}
 
 

@@ -166,8 +166,10 @@ class Learner:
             name: float(sum(values)) if name.startswith(summed) else float(sum(map(float, values)) / len(values))
             for name, values in log.items()
         }
-        metrics |= {"updates": self.updates, "seconds/step": seconds}
-        return metrics if self.accelerator.num_processes == 1 else _of_all(gather_object([metrics]))
+        metrics |= {"seconds/step": seconds}
+        if self.accelerator.num_processes > 1:
+            metrics = _of_all(gather_object([metrics]))
+        return metrics | {"updates": self.updates}
 
 
 def wait(device: torch.device) -> None:
@@ -177,11 +179,12 @@ def wait(device: torch.device) -> None:
 
 
 def _of_all(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """What processes say of one step as one: counts are added, of times the longest counts, all else is averaged."""
+    """What processes say of one step as one: what each counts of its own is added, of times the longest counts, and all
+    else is averaged."""
     joined = {}
     for name in dict.fromkeys(chain(*metrics)):
         values = [each[name] for each in metrics if name in each]
-        if name == "images" or name.startswith("failed/"):
+        if name in ("images", "pictures_left_out") or name.startswith("failed/"):
             joined[name] = sum(values)
         elif name.startswith("seconds/"):
             joined[name] = max(values)

@@ -17,7 +17,7 @@ from trimtab.files import atomic_write, check_folder
 from trimtab.inputs import ONE_STEP, ONLINE, check
 from trimtab.recipe import RunConfig
 from trimtab.rollout import Rollouts
-from trimtab.run import ABOUT, check_same_inputs
+from trimtab.run import ABOUT, changed_input
 from trimtab.wiring import Display, Run, build
 
 
@@ -43,7 +43,8 @@ def write_pairs(
     if (output / "pairs.jsonl").exists():
         raise UserError(f"{output} holds pairs.jsonl already, and nothing is replaced; give --output another folder.")
     inputs = check(config)
-    check_same_inputs(config, inputs, load_yaml(folder / "config.yaml"))
+    if changed_input(config, inputs, load_yaml(folder / "config.yaml")) == "prompts":
+        raise UserError(f"{config.data.prompts} no longer holds the prompts of the run in {folder}; put those back.")
     run = build(config, folder, launched(), inputs, display)
     if saved is not None:
         run.learner.load_state(checkpoint.load(saved))

@@ -93,7 +93,7 @@ def _describe(run: Run, inputs: Inputs, command: str) -> None:
     file = run.folder / "config.yaml"
     if run.writes and not file.is_file():
         about = {"command": command, "revision": _revision(), "versions": evaluate.versions()}
-        atomic_write(file, dump(run.config) + yaml.safe_dump(about | inputs.hashes(), sort_keys=False))
+        atomic_write(file, dump(run.config) + yaml.safe_dump(about | inputs.hashes(run.config), sort_keys=False))
 
 
 def _check_unchanged(config: RunConfig, inputs: Inputs, file: Path) -> None:
@@ -110,19 +110,20 @@ def _check_unchanged(config: RunConfig, inputs: Inputs, file: Path) -> None:
             f"{file} has {key}={_flat(before).get(key)} and the resumed run was given {_flat(now).get(key)}; "
             "resume with the same configuration, or give the changed run another name=... ."
         )
-    check_same_inputs(config, inputs, written)
+    name = changed_input(config, inputs, written)
+    if name is not None:
+        source = {"prompts": config.data.prompts, "pairs": config.data.pairs, "suite": config.evaluation.suite}[name]
+        raise UserError(
+            f"{source} no longer holds the {name} of the run in {file.parent}; put that back, or give the changed run "
+            "another name=... ."
+        )
 
 
-def check_same_inputs(config: RunConfig, inputs: Inputs, written: Mapping[str, Any]) -> None:
-    """UserError where prompts, pairs or the suite are no longer what config.yaml, as it was `written`, says of them."""
-    files = {"prompts": config.data.prompts, "pairs": config.data.pairs, "suite": config.evaluation.suite}
-    for key, number in inputs.hashes().items():
-        if written.get(key, number) != number:  # runs from before this was written down are believed
-            name = key.removesuffix("_sha256")
-            raise UserError(
-                f"the {name} of {files[name] or config.data.prompts} are no longer those of the run in "
-                f"{Path(config.output_dir) / config.name}; put them back, or give the changed run another name=... ."
-            )
+def changed_input(config: RunConfig, inputs: Inputs, written: Mapping[str, Any]) -> str | None:
+    """Which of prompts, pairs and suite is no longer what config.yaml, as it was `written`, says; None: none is. A run
+    from before this was written down is believed."""
+    now = inputs.hashes(config)
+    return next((key.removesuffix("_sha256") for key in now if written.get(key, now[key]) != now[key]), None)
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

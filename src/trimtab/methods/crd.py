@@ -374,4 +374,5 @@ class CRD:
     def _anchor(self, at: Points) -> Prediction | None:
         if not self.config.kl_beta:
             return None
-        return self.pipeline.predict(at.x_t, at.t, at.condition, REFERENCE, self.config.kl_cfg)
+        scale = self.rollouts.training_scale if self.config.kl_cfg == 1 else self.config.kl_cfg
+        return self.pipeline.predict(at.x_t, at.t, at.condition, REFERENCE, scale)

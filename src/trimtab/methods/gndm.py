@@ -238,7 +238,8 @@ class GNDM:
             yield from self.student.fake_losses(call, partial(fake_time, self.config))
             return
         packs: list[Seen] = []
-        yield from self.student.push_losses(call, partial(self._update, packs))
+        with self.student.processes.together():  # a reward's gradient may fail, before all tell what they have seen
+            yield from self.student.push_losses(call, partial(self._update, packs))
         sizes = torch.tensor([len(pack.n) for pack in packs])[:, None]
         rows = torch.tensor([list(pack.squares.values()) for pack in packs])
         everybody = self.student.processes.everybody

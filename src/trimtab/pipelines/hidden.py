@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UserError
@@ -43,7 +44,7 @@ def _after(network: nn.Module, place: nn.Module) -> nn.Module:
 
 def _checkpoints_blocks(network: nn.Module) -> bool:
     """Whether stages run within checkpoints, which nothing may leave: a transformer's do, a UNet has them inside."""
-    return bool(_blocks(network)) and network.is_gradient_checkpointing
+    return torch.is_grad_enabled() and bool(_blocks(network)) and network.is_gradient_checkpointing
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
