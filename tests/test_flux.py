@@ -123,7 +123,8 @@ def test_a_network_that_is_told_its_guidance_is_trained_under_the_one_it_sampled
     mine = Composite({"mine": (lambda images, prompts, metadata: images.mean((1, 2, 3)), 1.0)})
     rollouts = Rollouts(face, prompts, mine, config, face.resolution, seed=0)
     forward = face._output
-    for kind, settings in ((CRD, CRDConfig(num_train_times=1, kl_cfg=4.5)), (DiffusionNFT, DiffusionNFTConfig())):
+    kinds = [(CRD, CRDConfig(num_train_times=1, kl_cfg=scale)) for scale in (4.5, 1)]  # 1: no more than its own
+    for kind, settings in (*kinds, (DiffusionNFT, DiffusionNFTConfig())):
         method = kind(settings, face, rollouts, 2)
         (batch, *_) = [part for part in method.collect(0) if len(part)]
         asked.clear()
@@ -132,5 +133,5 @@ def test_a_network_that_is_told_its_guidance_is_trained_under_the_one_it_sampled
         )
         next(iter(method.losses(batch)))
         face._output = forward
-        anchor = {("ref", 4.5)} if kind is CRD else {("ref", 3.5)}
+        anchor = {("ref", 4.5 if settings == kinds[0][1] else 3.5)}
         assert set(asked) == {("default", 3.5), ("old", 3.5)} | anchor
