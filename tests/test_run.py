@@ -879,3 +879,10 @@ def test_candidates_are_ranked_again_of_the_prompts_that_the_run_had(recipe, cli
     code, _, err = cli("pairs", "runs/mine", "--step", "0")
     assert code == 2
     assert "prompts.txt no longer holds the prompts of the run in runs/mine" in err
+
+
+def test_without_a_suite_pictures_may_be_mended_before_a_run_goes_on(recipe, cli):
+    path = recipe(**CAPTIONED | {"training": {"train_batch_size": 4, "max_train_steps": 1}})
+    assert cli("train", path)[0] == 0
+    Path("pictures/0.txt").write_text("mended")
+    assert cli("train", path, "--resume")[0] == 0
