@@ -309,3 +309,7 @@ def test_where_one_process_cannot_go_on_all_stop(captioned, folder):
     other.processes = Processes(0, 2, lambda own: torch.cat([own, torch.ones_like(own)]))
     with pytest.raises(StoppedTogether, match="another process had to stop, and says why"):
         other.collect(0)
+    broken(folder, *range(10))
+    other.processes = Processes(0, 2, lambda own: torch.cat([own, torch.zeros_like(own)]))
+    with pytest.raises(StoppedTogether, match="cannot be decoded"):
+        other.collect(1)

@@ -100,6 +100,10 @@ def test_a_network_is_left_where_the_last_has_been_heard(request, family):
         gradients.append(torch.autograd.grad(features.square().sum(), x_t)[0])
     assert gradients[0].abs().max() > 0
     assert gap(*gradients) < 1e-5 * gradients[0].abs().max()
+    ends.clear()
+    with torch.no_grad():  # where nothing is checkpointed
+        heard(network, [middle(network)], lambda: face.predict(x_t, torch.tensor(0.5), condition, "default"))
+    assert not ends
     face.predict(x_t, torch.tensor(0.5), condition, "default").value.sum().backward()  # nothing stays behind
     assert x_t.grad.isfinite().all()
 
