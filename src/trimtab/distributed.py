@@ -65,7 +65,7 @@ ALONE = Processes()
 
 def launched() -> Accelerator:
     """The processes that `accelerate launch` started: precision is the recipe's, and accumulation nobody's. UserError
-    where the user's `accelerate config` shares a model out. One process may evaluate for hours while others wait."""
+    where the user's `accelerate config` shares a model out. One process may score for hours while others wait."""
     for name in SHARDING:
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(

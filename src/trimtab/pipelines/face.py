@@ -26,7 +26,7 @@ from trimtab.roles import Roles
 from trimtab.solvers import Predict, guided, ode
 
 # Pixels decoded at once. On a CPU what stays in its caches: twice as fast as 128 pictures. With gradient, one part at a
-# time is computed again: Stable Diffusion's auto-encoder takes 17 GiB for a picture of 1024 pixels.
+# time is computed again: Stable Diffusion's auto-encoder wants some 17 GiB for a picture of 1024 pixels.
 AT_ONCE_PX = {"cpu": 2**16}
 WITH_GRADIENT_PX, WITHOUT_PX = 2**18, 2**22
 REMEMBERED = 2**32  # bytes of embedded prompts that are kept

@@ -37,8 +37,10 @@ def _leave(*_) -> None:
 def _after(network: nn.Module, place: nn.Module) -> nn.Module:
     """The stage that runs next."""
     blocks = _blocks(network)
-    unet = [] if blocks else [*network.down_blocks, network.mid_block, *network.up_blocks, network.conv_out]
-    stages = [*blocks, network.norm_out] if blocks else unet
+    if blocks:
+        stages = [*blocks, network.norm_out]
+    else:
+        stages = [*network.down_blocks, network.mid_block, *network.up_blocks, network.conv_out]
     return stages[stages.index(place) + 1]
 
 
