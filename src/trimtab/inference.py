@@ -16,8 +16,8 @@ from trimtab.distributed import check_one_process
 from trimtab.errors import RunStopped, UserError
 from trimtab.files import atomic_write, check_folder
 from trimtab.pipelines import Pipeline, loading
-from trimtab.rewards import BUILT_IN, check_side
 from trimtab.rewards import build as build_rewards
+from trimtab.rewards import check_side
 from trimtab.rewards.composite import RewardFailed
 from trimtab.roles import TRAINED
 from trimtab.wiring import Display
@@ -52,8 +52,7 @@ def evaluate_model(
         folder, {name: x for name, x in (about | asked | calls).items() if name != "batch_size"}, rewards, hashes
     )
     extra = build_rewards(dict.fromkeys(rewards, 1.0), prompts).alone() if rewards else {}
-    if not set(BUILT_IN).isdisjoint(rewards):
-        check_side(rewards, resolution or loading.resolution(model))
+    check_side(rewards, lambda: resolution or loading.resolution(model))
     pipeline, role = _opened(model, adapters, precision, resolution)
     setting = _setting(pipeline, num_inference_steps, **asked)
     _check_same(folder, about | setting.described(), rewards, hashes)  # how many calls a student takes is known now

@@ -10,9 +10,9 @@ from trimtab.methods import agsm, crd, diffusion_nft, dmd2, dmdr, dpo_one_step, 
 from trimtab.pipelines import features, loading
 from trimtab.pipelines.adapters import Adapters
 from trimtab.recipe import RunConfig
-from trimtab.rewards import BUILT_IN, check_side
 from trimtab.rewards import build as build_rewards
 from trimtab.rewards import check as check_rewards
+from trimtab.rewards import check_side
 from trimtab.rewards.composite import Composite
 from trimtab.roles import check_targets
 from trimtab.worlds.files import load_prompts
@@ -93,8 +93,7 @@ def _check_model(config: RunConfig) -> Adapters:
         loading.check_many_steps(model, adapters, config.method.name)
     if config.method.name in CAPTIONED:
         loading.check_tokens(config.method.tokens, model, from_text=config.method.tokens_start == "empty-prompt")
-    if not set(BUILT_IN).isdisjoint(config.rewards):
-        check_side(config.rewards, config.model.resolution or loading.resolution(model))
+    check_side(config.rewards, lambda: config.model.resolution or loading.resolution(model))
     if isinstance(config.method, drpo.DrPOConfig):
         side = config.model.resolution or loading.resolution(model)
         features.check(config.method.features, loading.skeleton(model), side)

@@ -78,18 +78,12 @@ class Draw:
     condition: Condition  # P
     group: Tensor  # (B,) int64, 0 .. P - 1
     sibling: Tensor  # (B,) int64
-    group_size: int
     seed: int
     step: int
     number: int  # of the batch within its step
 
     def __len__(self) -> int:
         return len(self.group)
-
-    @property
-    def place(self) -> Tensor:
-        """Where each sample stands in the whole batch (B,)."""
-        return self.group * self.group_size + self.sibling
 
     def keys(self, *purpose: int) -> list[tuple[int, ...]]:
         """The key of each sample's noise for a purpose."""
@@ -147,7 +141,7 @@ class Student:
         group = torch.arange(len(prompts)).repeat_interleave(self.config.group_size)
         sibling = torch.arange(self.config.group_size).repeat(len(prompts))
         condition = self.pipeline.encode(prompts.text)
-        return Draw(prompts, condition, group, sibling, self.config.group_size, self.seed, step, number)
+        return Draw(prompts, condition, group, sibling, self.seed, step, number)
 
     def choice(self, draw: Draw, number: int = 0) -> int:
         """Which call is trained: the same on all processes."""

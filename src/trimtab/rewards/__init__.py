@@ -5,7 +5,7 @@ several of them and decides what a missing score means.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -61,12 +61,12 @@ def check(rewards: Composite, prompts: Prompts) -> None:
             reward.check(prompts)
 
 
-def check_side(rewards: Iterable[str], side_px: int) -> None:
-    """UserError for one that reads blocks and would be shown pictures of another size than theirs."""
+def check_side(rewards: Iterable[str], side_px: Callable[[], int]) -> None:
+    """UserError for one that reads blocks and would be shown pictures of another size; that is asked where one does."""
     name = next((each for each in rewards if each in BUILT_IN), None)
-    if name and side_px != blocks.SIZE_PX:
+    if name and (side := side_px()) != blocks.SIZE_PX:
         raise UserError(
-            f"reward {name!r} reads pictures of {blocks.SIZE_PX} pixels and this model draws {side_px}; give "
+            f"reward {name!r} reads pictures of {blocks.SIZE_PX} pixels and this model draws {side}; give "
             "another resolution, or your own reward as path/to/file.py:function."
         )
 
