@@ -76,22 +76,36 @@ def test_names_that_collide_keep_their_own_tensors(tmp_path):
     assert same(checkpoint.load(tmp_path / "c"), state)
 
 
-def test_tensors_that_share_memory_come_back_equal_and_apart(tmp_path):
+def test_one_tensor_at_two_places_is_written_once_and_comes_back_as_one(tmp_path):
+    weight = torch.nn.Parameter(torch.arange(1000.0).reshape(20, 50))
+    checkpoint.save(tmp_path / "c", {"networks": {"w": weight}, "roles": [weight.detach(), weight.data]})
+    stored = safetensors.torch.load_file(tmp_path / "c" / "state.safetensors")
+    assert [tuple(tensor.shape) for tensor in stored.values()] == [(20, 50)]
+    loaded = checkpoint.load(tmp_path / "c")
+    assert loaded["networks"]["w"] is loaded["roles"][0] is loaded["roles"][1]
+    assert same(loaded["roles"], [weight.detach()] * 2)
+
+
+def test_other_views_of_one_memory_come_back_equal_and_apart(tmp_path):
     weight = torch.arange(6.0).reshape(2, 3)
-    state = {"tied": [weight, weight], "part": weight[0], "turned": weight.T, "same": weight.expand(4, 2, 3)}
+    state = {"part": weight[0], "turned": weight.T, "all": weight, "same": weight.expand(4, 2, 3)}
+    state |= {"bits": weight.view(torch.int32), "square": weight[:, :2], "square turned": weight[:, :2].T}
     checkpoint.save(tmp_path / "c", state)
     loaded = checkpoint.load(tmp_path / "c")
     assert same(loaded, state)
-    loaded["tied"][0].zero_()
-    assert same(loaded["tied"][1], weight)
+    loaded["all"].zero_()
+    assert same({**loaded, "all": weight}, state)
 
 
 def test_conjugate_and_negative_views_are_stored_by_value(tmp_path):
     number = torch.tensor([1.0 + 2.0j])
-    checkpoint.save(tmp_path / "c", {"conjugate": number.conj(), "imaginary": number.conj().imag})
+    state = {"number": number, "conjugate": number.conj(), "imaginary": number.imag, "negative": number.conj().imag}
+    checkpoint.save(tmp_path / "c", state)
     loaded = checkpoint.load(tmp_path / "c")
+    assert loaded["number"].item() == 1.0 + 2.0j
     assert loaded["conjugate"].item() == 1.0 - 2.0j
-    assert loaded["imaginary"].item() == -2.0
+    assert loaded["imaginary"].item() == 2.0
+    assert loaded["negative"].item() == -2.0
 
 
 def test_parameters_come_back_as_plain_tensors(tmp_path):

@@ -38,16 +38,17 @@ _OTHER_DTYPES = _UNSIGNED | {torch.int8, torch.int16, torch.int32, torch.int64, 
 def save(folder: str | Path, state: dict) -> None:
     """Write `state` as `folder`, in place of what may be there; killed at any instant it leaves whole checkpoints only.
 
-    Keys are str or int. Tensors may live on any device and share memory (they come back apart). A ValueError names
-    the place in `state` of what cannot be stored: complex128, sparse, meta or sharded tensors (gather those first).
+    Keys are str or int. Tensors may live on any device and share memory: what is the same tensor at several places is
+    written once and comes back as one, other views of one memory come back apart. A ValueError names the place in
+    `state` of what cannot be stored: complex128, sparse, meta or sharded tensors (gather those first).
     """
     folder = Path(folder)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = _Tensors()
     tree = _encode(state, "", tensors)
     temporary = _sibling(folder, ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write(temporary, tree, tensors)
+    _write(temporary, tree, tensors.by_name)
     _put_in_place(temporary, folder)
 
 
@@ -190,10 +191,38 @@ def _refusal(path: Path, what: str) -> UserError:
 # --- the tree
 
 
-def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
+class _Tensors:
+    """The tensors of a state by the name that each has in the file, one name for what is the same tensor."""
+
+    def __init__(self):
+        self.by_name: dict[str, torch.Tensor] = {}
+        self._names: dict[tuple, str] = {}  # what tells tensors apart -> name
+
+    def name(self, tensor: torch.Tensor, place: str) -> str:
+        """The name of this tensor, near the first place where it was found; from now on it is on the CPU, too."""
+        tensor = tensor.detach()
+        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta
+        if not plain or not (tensor.is_floating_point() or tensor.dtype in _OTHER_DTYPES):
+            kind = f"{type(tensor).__name__} of {tensor.layout}, {tensor.dtype}, {tensor.device}"
+            raise ValueError(f"checkpoint state holds a {kind} at {place!r}; expected a dense tensor of a common dtype")
+        memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        same = (*memory, tensor.is_conj(), tensor.is_neg())
+        if same not in self._names:
+            name = self._names[same] = self._free(place)
+            self.by_name[name] = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+        return self._names[same]
+
+    def _free(self, place: str) -> str:
+        name = place.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no UTF-8
+        while name in self.by_name or name == "__metadata__":  # keys 1 and "1", or "a/b" and a -> b; safetensors' own
+            name += "'"
+        return name
+
+
+def _encode(value: Any, place: str, tensors: _Tensors) -> Any:
     """`value` in JSON's types; its tensors are put into `tensors`, named after their place."""
     if isinstance(value, torch.Tensor):
-        return {"$tensor": _store(value, place, tensors)}
+        return {"$tensor": tensors.name(value, place)}
     if isinstance(value, dict):
         return _encode_dict(value, place, tensors)
     if isinstance(value, list | tuple):
@@ -206,27 +235,13 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise ValueError(f"checkpoint state holds a {type(value).__name__} at {place!r}; expected tensors and JSON scalars")
 
 
-def _encode_dict(value: dict, place: str, tensors: dict[str, torch.Tensor]) -> dict:
+def _encode_dict(value: dict, place: str, tensors: _Tensors) -> dict:
     for key in value:
         if isinstance(key, bool) or not isinstance(key, str | int):
             raise ValueError(f"checkpoint state has the key {key!r} at {place!r}; expected str or int")
     items = {key: _encode(item, f"{place}/{key}".lstrip("/"), tensors) for key, item in value.items()}
     plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
     return items if plain else {"$items": [[key, item] for key, item in items.items()]}
-
-
-def _store(tensor: torch.Tensor, place: str, tensors: dict[str, torch.Tensor]) -> str:
-    """Put `tensor` into `tensors`, on the CPU and contiguous, under a free name near `place`; returns the name."""
-    tensor = tensor.detach()
-    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta
-    if not plain or not (tensor.is_floating_point() or tensor.dtype in _OTHER_DTYPES):
-        kind = f"{type(tensor).__name__} of {tensor.layout}, {tensor.dtype}, {tensor.device}"
-        raise ValueError(f"checkpoint state holds a {kind} at {place!r}; expected a dense tensor of a common dtype")
-    name = place.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no UTF-8
-    while name in tensors or name == "__metadata__":  # keys 1 and "1", or "a/b" and a -> b; and safetensors' own key
-        name += "'"
-    tensors[name] = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-    return name
 
 
 def _decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
