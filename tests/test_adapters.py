@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,8 +142,10 @@ def test_a_file_of_other_tensors_is_no_adapter(tiny_folder, tmp_path):
 
 def test_an_adapter_given_twice_would_count_twice_and_is_refused(tiny_folder, tmp_path):
     folder = adapter(tmp_path, {f"{TO_Q}.lora_A.weight": (4, 32), f"{TO_Q}.lora_B.weight": (32, 4)})
-    with pytest.raises(UserError, match="was given twice"):
-        loading.check_adapters([folder, folder], str(tiny_folder))
+    (tmp_path / "link").symlink_to(folder)
+    for other in (folder, tmp_path / "link", f"{folder}/../{Path(folder).name}"):
+        with pytest.raises(UserError, match="was given twice"):
+            loading.check_adapters([folder, str(other)], str(tiny_folder))
 
 
 def test_a_lora_may_be_trained_on_soft_tokens_which_all_its_roles_then_have(tiny_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Candidates: who is among the best and the worst, rounds until there are enough of both, and pairs of pictures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -262,6 +263,22 @@ def test_pictures_whose_reward_fails_are_counted_in_every_round(tiny):
     bad = made.prompts_of(0).text[0]
     _, log = successes_and_failures(made, 0, "default", 0.5, 2, 2)
     assert (log["images"], log["failed/mine"]) == (12, 4)
+
+
+def test_what_rewards_say_in_every_round_is_logged_of_trained_and_watched_ones(tiny):
+    """Eight pictures of two prompts, all too dark but for the last; then four of each that still waits."""
+    numbers = iter(range(100))
+    made = rollouts(tiny(), num_prompts=2)
+
+    def counted(images, prompts, metadata):
+        return torch.tensor([float(next(numbers)) for _ in images])
+
+    rewards = Composite({"mine": (lambda images, *_: torch.zeros(len(images)), 1.0), "seen": (counted, 0.0)})
+    _, log = successes_and_failures(replace(made, rewards=rewards), 0, "default", 0.5, 2, 2)
+    assert log["images"] == 16
+    assert log["watched/seen/mean"] == 7.5  # of 0 to 15
+    assert log["watched/seen/std"] == pytest.approx((255 / 12) ** 0.5)
+    assert (log["rewards/mine/mean"], log["failed/seen"]) == (0.0, 0.0)
 
 
 def test_noise_of_pictures_belongs_to_them_whatever_is_beside_them(tiny, folder):

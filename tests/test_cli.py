@@ -394,6 +394,18 @@ def test_the_built_in_student_is_no_model_of_many_steps(refused, name):
     assert "'micro-turbo' is a few-step student" in sentence
 
 
+@pytest.mark.parametrize("key", ["rollout.num_inference_steps", "evaluation.base_num_inference_steps"])
+def test_more_calls_than_a_models_table_has_rows_are_refused(refused, recipe, tiny_sd_folder, key):
+    sentence = refused("train", recipe(), f"model.pretrained_model_name_or_path={tiny_sd_folder}", f"{key}=1001")
+    assert "1001 calls of model" in sentence
+    assert "a table of 1000 rows: give fewer." in sentence
+
+
+@pytest.mark.parametrize(("name", "own"), [("pretrain-micro-vae", "vae"), ("pretrain-recognizer", "recognizer")])
+def test_a_learning_rate_of_no_network_of_pre_training_is_refused(refused, name, own):
+    assert f"the networks that learn are {own}." in refused("train", name, "optimizer.learning_rates={nets: 0.1}")
+
+
 # Models and adapters
 
 

@@ -21,6 +21,9 @@ def fixed(*scores):
     return lambda images, prompts, metadata: torch.tensor(scores)[images[:, 0, 0, 0].long()]
 
 
+BAD_REWARD = fixed(0.0)
+
+
 def raising(*guilty, error=BAD, scores=(1.0, 2.0, 3.0, 4.0)):
     """Like `fixed`, but raises as soon as a guilty image is in the batch."""
 
@@ -50,6 +53,45 @@ def test_the_total_is_the_weighted_sum_and_raw_scores_stay_unweighted():
     assert scored.raw["a"].tolist() == [1.0, 2.0, 3.0, 4.0]
     assert scored.raw["b"].tolist() == [0.0, 1.0, 0.0, 1.0]
     assert scored.failed == {"a": 0, "b": 0}
+
+
+def test_a_reward_that_changes_its_lists_changes_them_for_nobody_else():
+    def greedy(images, prompts, metadata):
+        prompts.clear()
+        for line in metadata:
+            line.pop("tag")["name"] = "another"
+        metadata.clear()
+        return torch.zeros(len(images))
+
+    def tags(images, prompts, metadata):
+        return torch.tensor([float(line["tag"]["name"] == "own") + len(prompts) for line in metadata])
+
+    prompts, metadata = ["p", "q"], [{"tag": {"name": "own"}} for _ in range(2)]
+    composite = Composite({"greedy": (greedy, 1.0), "tags": (tags, 1.0)})
+    for _ in range(2):
+        assert composite.score(torch.zeros(2, 3, 2, 2), prompts, metadata, torch.tensor([0, 1])).total.tolist() == [
+            3,
+            3,
+        ]
+    assert (prompts, metadata) == (["p", "q"], [{"tag": {"name": "own"}}] * 2)
+
+
+def test_rewards_are_known_by_their_weight_and_their_gradient():
+    root = Root()
+    composite = Composite(
+        {"root": (root, -2.0), "seen": (Root(), 0.0), "hard": (BAD_REWARD, 1.0), "idle": (BAD_REWARD, 0)}
+    )
+    assert composite.weights == {"root": -2.0, "hard": 1.0}
+    assert composite.smooth == {"root": root}
+    assert composite.black_box == {"hard": BAD_REWARD}
+    assert list(composite.watched) == ["seen", "idle"]
+
+
+def test_what_is_logged_of_rewards_is_of_the_scores_that_there_are():
+    composite = Composite({"a": (BAD_REWARD, 1.0), "b": (BAD_REWARD, 0.0)})
+    log = composite.log({"a": torch.tensor([1.0, NAN, 4.0]), "b": torch.tensor([NAN, INF])}, {"a": 1, "b": 0})
+    assert log.pop("watched/b/mean") != log.pop("watched/b/std")  # both NaN
+    assert log == {"rewards/a/mean": 2.5, "rewards/a/std": 1.5, "failed/a": 1.0, "failed/b": 0.0}
 
 
 def test_a_reward_that_is_nan_for_a_whole_group_is_left_out_of_its_sum():

@@ -114,6 +114,22 @@ def test_the_terms_of_a_batch_add_up_to_the_whole():
         assert first == pytest.approx(second, rel=1e-5)
 
 
+def test_a_reward_is_averaged_over_the_terms_that_it_applies_to():
+    seen = iter([math.nan, 2.0, 4.0])
+
+    def terms(networks, batch):
+        for part in batch.split([3, 3, 2]):
+            said = torch.tensor(next(seen, math.nan))
+            yield Loss("a", both(networks, part), {"rewards/mine/mean": said, "watched/other/mean": said, "gap": said})
+
+    trainer = learner(terms, num_steps=2)
+    trainer.method.batches_per_step = 1
+    first, second = (record.metrics for record in trainer.run())
+    assert first["rewards/mine/mean"] == first["watched/other/mean"] == 3.0
+    assert math.isnan(first["gap"])  # nothing else may hide that it is no number
+    assert math.isnan(second["rewards/mine/mean"])
+
+
 def test_the_first_update_of_adam_by_hand():
     # Without weight decay Adam's first step is the learning rate against the sign of the gradient, clipped or not.
     trainer = learner(lambda n, batch: [Loss("a", both(n, batch))], num_steps=1, adam_weight_decay=0.0)

@@ -332,6 +332,33 @@ def test_pictures_without_a_score_cost_draft_no_more_than_themselves(tiny):
     assert record.metrics["skipped_updates"] == 0
 
 
+def test_a_watched_reward_changes_nothing_of_draft_and_is_logged(tiny):
+    """One that fails for some pictures, and whose scores have no siblings to be compared with."""
+    plain = build(tiny(), "draft", batch_size=9)
+    value, gradient = gradients(plain)
+    brightness = []
+
+    def seen(images, prompts, metadata):
+        light = images.mean((1, 2, 3))
+        brightness.extend(light.tolist() if len(images) > 1 else [])
+        if (light > dim).any():
+            raise ValueError("too light")
+        return light
+
+    dim = 2.0
+    method = build(plain.pipeline, "draft", batch_size=9, moved=False)
+    rewards = Composite({"mine": (Contrast(), 1.0), "seen": (seen, 0.0)})
+    method.rollouts = replace(method.rollouts, rewards=rewards)
+    found, same = gradients(method)
+    assert found == value
+    assert torch.equal(same, gradient)
+    assert len(brightness) == 3 * SIZE
+    dim = sorted(brightness)[3]
+    (record,) = list(Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-3), 1).run())
+    assert (record.metrics["failed/seen"], record.metrics["failed/mine"]) == (3 * SIZE - 4, 0)
+    assert record.metrics["watched/seen/mean"] < dim
+
+
 def test_draft_climbs_the_reward_and_is_held_by_the_latents(tiny):
     method = build(tiny(), "draft")
     value, free = gradients(method)

@@ -11,9 +11,14 @@ from trimtab.worlds import blocks
 @pytest.fixture(scope="module")
 def method():
     config = PretrainMicroConfig(
-        name="pretrain-micro", vae=str(BUILT_IN["micro"] / "vae"), num_scenes=8, train_batch_size=2, blind_steps=10
+        name="pretrain-micro", vae=str(BUILT_IN["micro"] / "vae"), num_scenes=8, blind_steps=10
     )
-    return PretrainMicro(config, 0, torch.device("cpu"), torch.float32)
+    return PretrainMicro(config, 0, 2, torch.device("cpu"), torch.float32)
+
+
+def test_batches_are_of_the_size_that_training_has(method):
+    ((x0, captions, *_),) = method.collect(0)
+    assert len(x0) == len(captions) == 2
 
 
 @pytest.mark.parametrize(("step", "count"), [(0, 1.0), (5, 16.0), (10, 256.0), (99, 256.0)])

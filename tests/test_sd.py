@@ -12,6 +12,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
+from trimtab import inference
 from trimtab.batch import Prompts
 from trimtab.errors import UserError
 from trimtab.evaluate import Setting, generate, sample
@@ -104,6 +105,16 @@ def test_a_picture_halves_evenly_in_the_auto_encoder_and_in_the_unet(tiny_sd_fol
         loading.check_resolution(str(tiny_sd_folder), resolution)
     with pytest.raises(UserError, match=r"resolution 36 does not suit .*; give a multiple of 8 pixels\.$"):
         loading.check_resolution(str(tiny_sd_folder), 36)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_more_calls_than_the_table_has_rows_are_refused_before_weights_load(tiny_sd_folder, tmp_path):
+    loading.check_calls(str(tiny_sd_folder), None, 999)
+    for calls in (1001, 1000):  # its rows begin at 1
+        with pytest.raises(UserError, match=f"^{calls} calls of model .* are asked for; .*: give fewer"):
+            loading.check_calls(str(tiny_sd_folder), 4, calls)
+    with pytest.raises(UserError, match="1001 calls of model"):
+        inference.sample(str(tiny_sd_folder), [], ["a"], tmp_path / "out", None, num_inference_steps=1001)
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -84,12 +84,19 @@ def test_vp_time_grid_can_end_in_the_first_row():
     timestep = VariancePreserving().timestep
     assert timestep(vp_time_grid(5, steps_offset=1, set_alpha_to_one=False)).tolist() == [801, 601, 401, 201, 1, 0]
     assert timestep(vp_time_grid(5, set_alpha_to_one=False)).tolist() == [800, 600, 400, 200, 0]  # and not twice
-    assert (vp_time_grid(1000, timestep_spacing="trailing", set_alpha_to_one=False).diff() < 0).all()
+    for num_steps in (61, 103, 1000):  # of which DDIM makes a row below the table, of the first two
+        times = vp_time_grid(num_steps, timestep_spacing="trailing", set_alpha_to_one=False)
+        assert (times.diff() < 0).all()
+        assert len(times) == num_steps + (num_steps < 1000)
 
 
 def test_bad_grids_are_refused():
     with pytest.raises(ValueError, match="1001 steps do not fit"):
         vp_time_grid(1001)
+    with pytest.raises(ValueError, match="1001 steps do not fit"):
+        vp_few_step_grid(1001)
+    with pytest.raises(ValueError, match="1000 steps from row 1000 do not fit"):  # which DDIM would look for in vain
+        vp_time_grid(1000, steps_offset=1)
     with pytest.raises(ValueError, match="'linspace' is neither"):
         vp_time_grid(10, timestep_spacing="linspace")
     for times in (torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5, 0.5]), torch.ones(1, 2)):

@@ -32,7 +32,7 @@ class Prompts:
         return self.lines[item] if self.lines else "a prompt"
 
     def of(self, group: Tensor) -> tuple[list[str], list[dict[str, Any]]]:
-        """The prompt of each sample, by its number here (B,), and its metadata, a copy that a reward may change."""
+        """The prompt of each sample, by its number here (B,), and its metadata."""
         return [self.text[g] for g in group], [dict(self.metadata[g]) for g in group]
 
     def sha256(self) -> str:

@@ -7,7 +7,6 @@ waits for it, for the learner asks all processes before it averages.
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -119,7 +118,7 @@ def best_and_worst(reward: Tensor, group: Tensor, num_best: int, num_worst: int)
 def in_units_of_siblings(scored: Scored, rewards: Composite, group: Tensor) -> Tensor:
     """What candidates are worth together (B,): each reward less its siblings' mean, in units of their deviation, then
     weighted; NaN where a score is missing. One reward stays as it is, for only its order counts."""
-    weights = {name: weight for name, (_, weight) in rewards.rewards.items() if weight}
+    weights = rewards.weights
     if len(weights) == 1:
         return scored.total
     total = torch.where(scored.total.isnan(), torch.nan, 0.0)
@@ -213,16 +212,15 @@ def successes_and_failures(
     """Candidates of a reward that says yes (above the threshold) or no, drawn in rounds of `group_size` until a prompt
     has `num_each` of both; a prompt that has not after `num_rounds` teaches nothing. The successes learn."""
     prompts = rollouts.prompts_of(step)
-    waiting, rounds, log = list(range(len(prompts))), [], defaultdict(float)
+    waiting, rounds, said, num_images = list(range(len(prompts))), [], [], 0
     for number in range(num_rounds):
         if not waiting:
             break
         first = number * rollouts.config.group_size
         drawn, images = rollouts.draw(prompts[waiting], step, role, first)
         scored = rollouts.scores(drawn, images)
-        log["images"] += len(images)
-        for name, count in scored.failed.items():
-            log[f"failed/{name}"] += count
+        num_images += len(images)
+        said.append(scored)
         total = scored.total
         known = total.isfinite().nonzero().squeeze(1)
         drawn = replace(drawn[known], reward=total[known].float(), group=torch.tensor(waiting)[drawn.group[known]])
@@ -240,8 +238,15 @@ def successes_and_failures(
         for marks, side in ((best, good), (worst, ~good)):
             marks[((rollout.group == g) & side).nonzero().squeeze(1)[:num_each]] = True
     rows = (best | worst).nonzero().squeeze(1)
-    log |= {"reward": rollout.reward.mean().item(), "success_rate": good.float().mean().item()}
-    return _taught(rollout[rows], best[rows], best[rows], worst[rows]), dict(log)
+    raw = {name: torch.cat([each.raw[name] for each in said]) for name in said[0].raw}
+    failed = {name: sum(each.failed[name] for each in said) for name in said[0].failed}
+    log = {
+        "images": float(num_images),
+        "reward": rollout.reward.mean().item(),
+        "success_rate": good.float().mean().item(),
+        **rollouts.rewards.log(raw, failed),
+    }
+    return _taught(rollout[rows], best[rows], best[rows], worst[rows]), log
 
 
 def _short(good: Tensor, num_each: int) -> bool:

@@ -53,7 +53,7 @@ def evaluate_model(
     )
     extra = build_rewards(dict.fromkeys(rewards, 1.0), prompts).alone() if rewards else {}
     check_side(rewards, lambda: resolution or loading.resolution(model))
-    pipeline, role = _opened(model, adapters, precision, resolution)
+    pipeline, role = _opened(model, adapters, precision, resolution, num_inference_steps)
     setting = _setting(pipeline, num_inference_steps, **asked)
     _check_same(folder, about | setting.described(), rewards, hashes)  # how many calls a student takes is known now
     try:
@@ -121,7 +121,7 @@ def sample(
     check_one_process("trimtab sample")
     check_folder(folder)
     precision = precision or _usual_precision()
-    pipeline, role = _opened(model, adapters, precision, resolution)
+    pipeline, role = _opened(model, adapters, precision, resolution, num_inference_steps)
     setting = _setting(pipeline, num_inference_steps, suite="", precision=precision, resolution=resolution, **how)
     number = setting.images_per_prompt
     prompts = Prompts(tuple(texts), tuple({} for _ in texts), tuple(range(len(texts))))
@@ -154,12 +154,15 @@ def _usual_precision() -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
 
-def _opened(model: str, adapters: Sequence[str], precision: str, resolution: int | None) -> tuple[Pipeline, str]:
+def _opened(
+    model: str, adapters: Sequence[str], precision: str, resolution: int | None, num_inference_steps: int | None
+) -> tuple[Pipeline, str]:
     """A pipeline to sample from, and the role to use. What is asked for is checked before weights load."""
     if precision not in ("no", "bf16"):
         raise UserError(f"mixed precision {precision!r} is unknown; give no or bf16.")
     files = loading.check_adapters(adapters, model)
     loading.check_resolution(model, resolution)
+    loading.check_calls(model, num_inference_steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return loading.load_for_sampling(model, files, precision=dtype, device=device), TRAINED

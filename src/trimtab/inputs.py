@@ -64,13 +64,13 @@ class Inputs:
 def check(config: RunConfig) -> Inputs:
     """Read what the recipe names and be certain of the model: all that can fail before weights load."""
     _check_read(config)
-    if config.method.name in PRETRAIN:
-        check_one_process(config.method.name)
-        return Inputs()
     strange = set(config.optimizer.learning_rates) - set(config.method.trained_roles)
     if strange:
         known = ", ".join(config.method.trained_roles)
         raise UserError(f"optimizer.learning_rates names {min(strange)!r}; the networks that learn are {known}.")
+    if config.method.name in PRETRAIN:
+        check_one_process(config.method.name)
+        return Inputs()
     kinds = {
         **dict.fromkeys(CAPTIONED, _captioned_inputs),
         **dict.fromkeys(DISTILLATION, _distillation_inputs),
@@ -85,6 +85,9 @@ def _check_model(config: RunConfig) -> Adapters:
     model = config.model.pretrained_model_name_or_path
     loading.resolve(model)
     loading.check_resolution(model, config.model.resolution)
+    evaluation = config.evaluation
+    calls = (evaluation.num_inference_steps, evaluation.base_num_inference_steps, config.rollout.num_inference_steps)
+    loading.check_calls(model, *calls)
     if config.model.lora is not None and config.model.target_modules is not None:
         check_targets(loading.skeleton(model), config.model.target_modules)
     adapters = loading.check_adapters(config.model.adapters, model)
@@ -135,8 +138,7 @@ def _check_tokens_below(config: RunConfig, adapters: Adapters) -> None:
 def _online_inputs(config: RunConfig) -> Inputs:
     if not config.rewards:
         raise UserError("the recipe names no reward; add one, for example rewards='{path/to/file.py:function: 1.0}'.")
-    alone = config.method.name == "draft" and all(config.rewards.values())  # nothing is compared
-    if config.rollout.group_size < 2 and not alone:
+    if config.rollout.group_size < 2 and config.method.name != "draft":  # which compares nothing
         raise UserError("rollout.group_size is 1; give 2 or more, for samples are compared with their siblings.")
     prompts = _prompts(config)
     unseen = load_prompts(config.evaluation.suite or config.data.prompts, "test") if _shows(config) else None

@@ -160,12 +160,15 @@ class Learner:
         log[f"seconds/{phase}"].append(time.perf_counter() - started)
 
     def _summary(self, log: dict[str, list], seconds: float) -> dict[str, float]:
-        """Times and counts are summed over the step, everything else is averaged."""
-        summed = ("seconds/", "skipped_updates", "failed/")
-        metrics = {
-            name: float(sum(values)) if name.startswith(summed) else float(sum(map(float, values)) / len(values))
-            for name, values in log.items()
-        }
+        """Times and counts are summed over the step, everything else is averaged; a reward, over those parts of the
+        step that it applies to."""
+        metrics = {}
+        for name, values in log.items():
+            values = [float(value) for value in values]
+            if name.startswith(("rewards/", "watched/")):
+                values = [value for value in values if not math.isnan(value)] or [math.nan]
+            summed = name.startswith(("seconds/", "skipped_updates", "failed/"))
+            metrics[name] = sum(values) if summed else sum(values) / len(values)
         metrics |= {"seconds/step": seconds}
         if self.accelerator.num_processes > 1:
             metrics = _of_all(gather_object([metrics]))

@@ -179,12 +179,7 @@ class Rollouts:
             "frac_reward_zero_std": groups.frac_zero_std(rollout.reward, rollout.group).item(),
             "diversity": _distance(rollout.latents, rollout.group),
         }
-        for name, raw in scored.raw.items():
-            family = "rewards" if self.rewards.rewards[name][1] else "watched"
-            known = raw[raw.isfinite()]
-            log[f"{family}/{name}/mean"] = known.mean().item() if len(known) else float("nan")
-            log[f"{family}/{name}/std"] = known.std(correction=0).item() if len(known) else float("nan")
-        return log | {f"failed/{name}": float(count) for name, count in scored.failed.items()}
+        return log | self.rewards.log(scored.raw, scored.failed)
 
 
 def comparable(total: Tensor, group: Tensor) -> Tensor:

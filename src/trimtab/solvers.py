@@ -54,14 +54,15 @@ def vp_time_grid(
     Where that row is the last call's own, the grid is one shorter: such a call changes nothing.
     With "trailing", DDIMScheduler steps by N // T rows whatever its next timestep is, so we agree where T divides N.
     """
-    if not 0 < num_steps <= num_train_timesteps:
-        raise ValueError(f"{num_steps} steps do not fit a table of {num_train_timesteps} rows")
+    _check_fits(num_steps, num_train_timesteps)
     if timestep_spacing == "leading":
         rows = np.arange(num_steps)[::-1] * (num_train_timesteps // num_steps) + steps_offset
-    elif timestep_spacing == "trailing":
-        rows = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)) - 1
+    elif timestep_spacing == "trailing":  # the step is not exact, and may leave room for a row below the table
+        rows = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)[:num_steps]) - 1
     else:
         raise ValueError(f"timestep_spacing {timestep_spacing!r} is neither 'leading' nor 'trailing'")
+    if rows[0] >= num_train_timesteps:
+        raise ValueError(f"{num_steps} steps from row {rows[0]} do not fit a table of {num_train_timesteps} rows")
     end = -1 if set_alpha_to_one else 0
     if rows[-1] != end:
         rows = np.append(rows, end)
@@ -207,8 +208,14 @@ def few_step_grid(num_steps: int, shift: float = 1.0) -> Tensor:
 
 def vp_few_step_grid(num_steps: int, num_train_timesteps: int = NUM_TIMESTEPS) -> Tensor:
     """The same for a table: rows 999, 749, 499, 249 for four calls, as DMD2 has them and diffusers' LCMScheduler."""
+    _check_fits(num_steps, num_train_timesteps)
     rows = num_train_timesteps - 1 - np.arange(num_steps) * num_train_timesteps // num_steps
     return torch.from_numpy((np.append(rows, -1) + 1) / num_train_timesteps).float()
+
+
+def _check_fits(num_steps: int, num_rows: int) -> None:
+    if not 0 < num_steps <= num_rows:
+        raise ValueError(f"{num_steps} steps do not fit a table of {num_rows} rows")
 
 
 def _start(x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,8 @@ def build(config: RunConfig, folder: Path, accelerator: Accelerator, inputs: Inp
     """Load the model and put everything together, untrained; `inputs` as `check` returned them."""
     name, pipeline = config.method.name, None
     if name in PRETRAIN:
-        method = PRETRAIN[name](config.method, config.seed, accelerator.device, config.model.precision)
+        size, precision = config.training.train_batch_size, config.model.precision
+        method = PRETRAIN[name](config.method, config.seed, size, accelerator.device, precision)
     elif name in CAPTIONED:
         pipeline = _with_tokens(config, accelerator, inputs)
         method = CAPTIONED[name](config.method, pipeline, _captioned(config, folder, accelerator, inputs, pipeline))

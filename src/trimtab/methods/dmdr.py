@@ -36,7 +36,7 @@ from trimtab.errors import UserError
 from trimtab.matching import normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
-from trimtab.rewards.composite import Composite, is_smooth
+from trimtab.rewards.composite import Composite
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Student, StudentConfig, TimeMode
 
 SHARE = 2.0  # of the LoRA in the fake; the teacher's share s is that large a part of it
@@ -87,10 +87,10 @@ class DMDR:
                 f"method.reward_start is {config.reward_start}, and training has {num_steps} steps, so that the reward "
                 "would never count; make it smaller, or training.max_train_steps larger."
             )
-        black = [n for n, (r, w) in rewards.rewards.items() if not (w and is_smooth(r))]
-        if black:
+        useless = [*rewards.black_box, *rewards.watched]
+        if useless:
             raise UserError(
-                f"dmdr follows the gradient of its rewards, and {black[0]!r} has none, or no weight; leave it out, "
+                f"dmdr follows the gradient of its rewards, and {useless[0]!r} has none, or no weight; leave it out, "
                 "or take gndm."
             )
 
@@ -142,8 +142,8 @@ class DMDR:
         metrics = {"direction": r.abs().mean(), "misfit": n.mean()}
         push = normalised_direction(r, n, call.draw.group.to(x.device), config.normaliser)
         if self.rewards is not None and self.update >= config.reward_start:
-            for name, (reward, weight) in self.rewards.rewards.items():
+            for name, reward in self.rewards.smooth.items():
                 gradient, log = self.student.reward_gradient(name, reward, x, call)
                 metrics |= log
-                push = push + weight * x[0].numel() * gradient
+                push = push + self.rewards.weights[name] * x[0].numel() * gradient
         return push, metrics

@@ -27,7 +27,7 @@ from trimtab.errors import UserError
 from trimtab.matching import denoising_error
 from trimtab.method import Loss, MethodSettings, Stateful
 from trimtab.pipelines import Pipeline
-from trimtab.rewards.composite import Composite, is_smooth, with_gradient
+from trimtab.rewards.composite import Composite, with_gradient
 from trimtab.roles import REFERENCE, TRAINED
 from trimtab.rollout import Rollouts
 
@@ -52,10 +52,10 @@ class DRaFT:
     @staticmethod
     def check_rewards(rewards: Composite) -> None:
         """UserError unless all that is trained on has a gradient."""
-        black = [name for name, (reward, weight) in rewards.rewards.items() if weight and not is_smooth(reward)]
-        if black:
+        black = next(iter(rewards.black_box), None)
+        if black is not None:
             raise UserError(
-                f"draft differentiates its reward and {black[0]!r} has no gradient; give it weight 0, or train on one "
+                f"draft differentiates its reward and {black!r} has no gradient; give it weight 0, or train on one "
                 "that has, such as recognizer."
             )
 
@@ -66,12 +66,8 @@ class DRaFT:
         return {"roles": self.pipeline.roles}
 
     def collect(self, step: int) -> list[Rollout]:
-        """Noise alone; samples are drawn with gradient. Watched rewards want pictures, so that they take two draws."""
-        rollouts, watched = self.rollouts, [r for r, w in self.rollouts.rewards.rewards.values() if not w]
-        if watched:
-            rollout, self.log = rollouts.collect(step, TRAINED)
-            return [rollout]
-        rollout = rollouts.blank(rollouts.prompts_of(step), step)
+        """Noise alone; samples are drawn with gradient."""
+        rollout = self.rollouts.blank(self.rollouts.prompts_of(step), step)
         self.log = {"images": float(len(rollout))}
         return [rollout]
 
@@ -99,13 +95,12 @@ class DRaFT:
         return Loss(TRAINED, value, metrics | {"reward": reward.nanmean().detach()})
 
     def _reward(self, rollout: Rollout, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum (B,) of what applies, NaN where nothing does, and each reward's mean."""
-        about = rollout.prompts.of(rollout.group)
-        total, metrics = torch.full((len(images),), torch.nan, device=images.device), {}
-        for name, (reward, weight) in self.rollouts.rewards.rewards.items():
-            if weight:
-                scores, failed = with_gradient(name, reward, images, *about, rollout.group)
-                metrics[f"rewards/{name}/mean"] = scores.detach().nanmean()
-                metrics[f"failed/{name}"] = torch.tensor(float(failed))
-                total = torch.where(scores.isnan(), total, total.nan_to_num(0.0) + weight * scores)
-        return total, metrics
+        """The weighted sum (B,) of what applies, NaN where nothing does, and to log: what each reward says."""
+        rewards, about = self.rollouts.rewards, rollout.prompts.of(rollout.group)
+        total, log = torch.full((len(images),), torch.nan, device=images.device), {}
+        for name, reward in rewards.smooth.items():
+            scores, failed = with_gradient(name, reward, images, *about, rollout.group)
+            log |= rewards.log({name: scores.detach()}, {name: failed})
+            total = torch.where(scores.isnan(), total, total.nan_to_num(0.0) + rewards.weights[name] * scores)
+        log |= rewards.watch(images, *about, rollout.group)
+        return total, {name: torch.tensor(value) for name, value in log.items()}

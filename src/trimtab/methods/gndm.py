@@ -49,7 +49,7 @@ from trimtab.matching import BinnedMean, Normaliser, normalised_direction
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.process import Process, over
-from trimtab.rewards.composite import Composite, is_smooth
+from trimtab.rewards.composite import Composite
 from trimtab.rollout import ADVANTAGE_EPS, comparable
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Draw, Student, StudentConfig, TimeMode, fake_time
 
@@ -195,7 +195,7 @@ class GNDM:
             raise UserError(
                 "method.reward_start is 0; rewards are weighed by what a cold start shows, give it 20 or more."
             )
-        black = [n for n, (r, w) in rewards.rewards.items() if w and not is_smooth(r)]
+        black = [*rewards.black_box]
         if black and group_size == 1:
             raise UserError("rollout.group_size is 1; give 2 or more, for rewards are compared among siblings.")
         if black and num_calls == 1:
@@ -207,9 +207,8 @@ class GNDM:
     def __post_init__(self):
         self.balance = Balance(self.config)
         self.bins = BinnedMean(self.config.num_bins)
-        weighted = {} if self.rewards is None else {n: (r, w) for n, (r, w) in self.rewards.rewards.items() if w}
-        self.smooth = {n: (r, w) for n, (r, w) in weighted.items() if is_smooth(r)}
-        self.black = {n: w for n, (_, w) in weighted.items() if n not in self.smooth}
+        self.smooth = {} if self.rewards is None else self.rewards.smooth
+        self.black = {} if self.rewards is None else self.rewards.black_box
         self.log: dict[str, float] = {}
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -277,14 +276,12 @@ class GNDM:
                 comparable(scored.total, draw.group)
         total = torch.where(scored.total.isnan(), torch.nan, 0.0)
         self.log |= {"reward": scored.total.nanmean().item()}
-        for name, raw in scored.raw.items():
-            if name not in self.smooth:
-                self.log[f"failed/{name}"] = float(scored.failed[name])
-                self.log[f"{'rewards' if name in self.black else 'watched'}/{name}/mean"] = raw.nanmean().item()
-            if name in self.black:
-                limit = self.config.max_advantage
-                score = standardised(raw, draw.group, self.student.processes).clamp(-limit, limit)
-                total += self.black[name] * score.nan_to_num(0.0)  # 0 where it does not apply
+        for name in [name for name in scored.raw if name not in self.smooth]:  # those are asked again, for a gradient
+            self.log |= self.rewards.log({name: scored.raw[name]}, {name: scored.failed[name]})
+        limit = self.config.max_advantage
+        for name in self.black:
+            score = standardised(scored.raw[name], draw.group, self.student.processes).clamp(-limit, limit)
+            total += self.rewards.weights[name] * score.nan_to_num(0.0)  # 0 where it does not apply
         return total
 
     def _update(self, packs: list[Seen], x: Tensor, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
@@ -299,12 +296,13 @@ class GNDM:
         push = over(self._importance(call, group), move) * move
         metrics = {"direction": r.abs().mean(), "misfit": n.mean()}
         asked = self.smooth if self.balance.calibrates or self.balance.rewards_count else {}
-        for name, (reward, weight) in asked.items():
+        for name, reward in asked.items():
             gradient, log = self.student.reward_gradient(name, reward, x, call)
             metrics |= log
             squares[name] = gradient.square().mean().item()
             if self.balance.rewards_count:
-                push = push + weight * self.balance.share() * self._scaled(name, gradient, squares)
+                weight = self.rewards.weights[name] * self.balance.share()
+                push = push + weight * self._scaled(name, gradient, squares)
         if call.advantage is not None and call.k < self.student.num_steps - 1:
             push = push + self.balance.share() * self._size("", squares) * self._score(x, call)
         packs.append(Seen(squares, n, t))

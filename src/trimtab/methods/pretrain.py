@@ -39,33 +39,45 @@ CHUNK = 250  # scenes drawn at a time
 class PretrainVAEConfig(MethodSettings):
     name: Literal["pretrain-vae"]
     num_scenes: int = Field(20_000, gt=0)
-    train_batch_size: int = Field(64, gt=0)
     kl_weight: float = Field(1e-4, ge=0)
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        return ("vae",)
 
 
 class PretrainMicroConfig(MethodSettings):
     name: Literal["pretrain-micro"]
     vae: str = "runs/pretrain-micro-vae/export"
     num_scenes: int = Field(200_000, gt=0)
-    train_batch_size: int = Field(128, gt=0)
     wrong_captions: float = Field(0.3, ge=0, le=1)
     dropped_captions: float = Field(0.1, ge=0, le=1)
     blind_steps: int = Field(0, ge=0)  # T5's equal tokens count once at first, and all from this update on
     ema_decay: float = Field(0.999, ge=0, lt=1)
 
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        return ("micro",)
+
 
 class PretrainRecognizerConfig(MethodSettings):
     name: Literal["pretrain-recognizer"]
     num_scenes: int = Field(30_000, gt=0)
-    train_batch_size: int = Field(128, gt=0)
     noise: float = Field(0.05, ge=0)  # standard deviation added to a picture, whose values span [0, 1]
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        return ("recognizer",)
 
 
 class PretrainVAE:
     """The auto-encoder of *micro*. `export` gives its latents mean 0 and standard deviation 1."""
 
-    def __init__(self, config: PretrainVAEConfig, seed: int, device: torch.device, precision: torch.dtype):
-        self.config, self.seed, self.device, self.precision = config, seed, device, precision
+    def __init__(
+        self, config: PretrainVAEConfig, seed: int, batch_size: int, device: torch.device, precision: torch.dtype
+    ):
+        self.config, self.seed, self.batch_size = config, seed, batch_size
+        self.device, self.precision = device, precision
         self.vae: AutoencoderKL = micro.build(seed).vae.to(device)
         self.images = torch.cat([images for images, _, _ in drawn(config.num_scenes, seed)]).to(device)
 
@@ -77,7 +89,7 @@ class PretrainVAE:
 
     def collect(self, step: int) -> Iterable[tuple[Tensor, torch.Generator]]:
         """One batch of pictures (B, 3, 64, 64) in [-1, 1], and the source of the noise on their latents."""
-        picked = _picked(self.seed, step, self.config.train_batch_size, len(self.images)).to(self.device)
+        picked = _picked(self.seed, step, self.batch_size, len(self.images)).to(self.device)
         return [(self.images[picked].float() / 127.5 - 1, noise.generator(self.seed, step, noise.TRAINING))]
 
     def losses(self, batch: tuple[Tensor, torch.Generator]) -> Iterator[Loss]:
@@ -105,8 +117,10 @@ class PretrainVAE:
 class PretrainMicro:
     """The transformer and the text encoders of *micro*, on latents that are encoded once."""
 
-    def __init__(self, config: PretrainMicroConfig, seed: int, device: torch.device, precision: torch.dtype):
-        self.config, self.seed = config, seed
+    def __init__(
+        self, config: PretrainMicroConfig, seed: int, batch_size: int, device: torch.device, precision: torch.dtype
+    ):
+        self.config, self.seed, self.batch_size = config, seed, batch_size
         pipe = micro.build(seed)
         pipe.register_modules(vae=_load_vae(config.vae))
         pipe.to(device)
@@ -126,7 +140,7 @@ class PretrainMicro:
 
     def collect(self, step: int) -> Iterable[tuple[Tensor, list[str], Tensor, Tensor, float]]:
         """One batch: clean latents, captions, times, noise, and the power of the tokens' counts."""
-        size = self.config.train_batch_size
+        size = self.batch_size
         picked = _picked(self.seed, step, size, len(self.latents))
         device = self.latents.device
         x0 = self.latents[picked.to(device)].float()
@@ -181,8 +195,11 @@ class PretrainMicro:
 class PretrainRecognizer:
     """The recognizer, on pictures with a little noise."""
 
-    def __init__(self, config: PretrainRecognizerConfig, seed: int, device: torch.device, precision: torch.dtype):
-        self.config, self.seed, self.device, self.precision = config, seed, device, precision
+    def __init__(
+        self, config: PretrainRecognizerConfig, seed: int, batch_size: int, device: torch.device, precision: torch.dtype
+    ):
+        self.config, self.seed, self.batch_size = config, seed, batch_size
+        self.device, self.precision = device, precision
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.recognizer = Recognizer().to(device)
@@ -197,7 +214,7 @@ class PretrainRecognizer:
 
     def collect(self, step: int) -> Iterable[tuple[Tensor, Tensor]]:
         """One batch: noisy pictures (B, 3, 64, 64) and what is in their cells (B, 2, 8, 8)."""
-        picked = _picked(self.seed, step, self.config.train_batch_size, len(self.images)).to(self.device)
+        picked = _picked(self.seed, step, self.batch_size, len(self.images)).to(self.device)
         images = self.images[picked].float() / 255
         grain = torch.randn(images.shape, generator=noise.generator(self.seed, step, noise.TRAINING)).to(self.device)
         return [((images + self.config.noise * grain).clamp(0, 1), self.cells[picked])]

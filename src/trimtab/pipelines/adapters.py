@@ -48,7 +48,8 @@ def find(names: Sequence[str], network: nn.Module, model: str) -> Adapters:
                 logger.warning("adapter %r was trained on %r and is put on %r", name, base, model)
     if len(tokens) > 1:
         raise UserError(f"{tokens[0]} and {tokens[1]} are both soft tokens, and a model takes one bank; give one.")
-    twice = {file for file in loras if loras.count(file) > 1}
+    places = [file.resolve() for file in loras]  # one file may be called in several ways
+    twice = {file for file, place in zip(loras, places, strict=True) if places.count(place) > 1}
     if twice:
         raise UserError(f"{min(twice)} was given twice, and would count twice; give it once.")
     return Adapters(tuple(loras), tokens[0] if tokens else None)

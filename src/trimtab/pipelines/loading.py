@@ -26,7 +26,9 @@ from trimtab.pipelines.sd3 import SD3
 from trimtab.pipelines.sdxl import SDXL
 from trimtab.pipelines.soft_tokens import SoftTokens, TokenSettings, sites
 from trimtab.pipelines.token_files import load_soft_tokens
+from trimtab.process import NUM_TIMESTEPS
 from trimtab.roles import LoraSettings, Roles
+from trimtab.solvers import vp_time_grid
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +251,21 @@ def check_adapters(adapters: Sequence[str], model: str) -> Adapters:
     for name in adapters:
         files_of(name)  # what is not there is told before the hub is asked
     return find(adapters, skeleton(model), model) if adapters else Adapters()
+
+
+def check_calls(model: str, *numbers: int | None) -> None:
+    """UserError for more calls than the model's table of noise has rows; a rectified flow takes any number."""
+    path = resolve(model)
+    if FACES[_index(path, model)["_class_name"]].NETWORK != "unet":
+        return
+    config = _json(path, SCHEDULER, model)
+    size, spacing = config.get("num_train_timesteps", NUM_TIMESTEPS), config.get("timestep_spacing")
+    leading = spacing == "leading" and config.get("_class_name") != "LCMScheduler"
+    for number in filter(None, numbers):
+        try:
+            vp_time_grid(number, size, "leading" if leading else "trailing", config.get("steps_offset", 0))
+        except ValueError as error:
+            raise UserError(f"{number} calls of model {model!r} are asked for; {error}: give fewer.") from error
 
 
 def check_many_steps(model: str, adapters: Adapters, method: str) -> None:

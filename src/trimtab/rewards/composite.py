@@ -9,6 +9,7 @@ other, so all members of a group must be sums of the same terms:
 * A reward with weight 0 is watched: computed and reported, but neither summed nor able to mask an image.
 """
 
+import copy
 import logging
 import math
 import traceback
@@ -59,6 +60,26 @@ class Composite:
             names = ", ".join(self.rewards) or "none"
             raise UserError(f"no reward has a weight other than 0 (rewards: {names}); give at least one.")
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the rewards that are trained on."""
+        return {name: weight for name, (_, weight) in self.rewards.items() if weight}
+
+    @property
+    def smooth(self) -> dict[str, "Reward"]:
+        """The rewards that are trained on and have a gradient."""
+        return {name: self.rewards[name][0] for name in self.weights if is_smooth(self.rewards[name][0])}
+
+    @property
+    def black_box(self) -> dict[str, "Reward"]:
+        """The rewards that are trained on and have none."""
+        return {name: self.rewards[name][0] for name in self.weights if name not in self.smooth}
+
+    @property
+    def watched(self) -> dict[str, "Reward"]:
+        """The rewards that are only measured."""
+        return {name: reward for name, (reward, weight) in self.rewards.items() if not weight}
+
     def alone(self) -> dict[str, "Reward"]:
         """Each reward by itself, made to score NaN where it raises; where it raises for all, RewardFailed."""
 
@@ -76,25 +97,33 @@ class Composite:
 
         Raises RewardFailed where a reward raises for all images, and lets a reward's UserError through.
         """
-        num_images = len(images)
+        num_images, everything = len(images), {name: reward for name, (reward, _) in self.rewards.items()}
         if images.ndim != 4 or not len(prompts) == len(metadata) == num_images > 0 or group.shape != (num_images,):
             shapes = f"images {tuple(images.shape)}, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"{shapes}, group {tuple(group.shape)}; expected (B, 3, H, W), B, B and (B,)")
-        siblings = torch.unique(group.cpu(), return_inverse=True)[1]  # (B,) 0 ... number of groups - 1
         total, scored = torch.zeros(num_images), torch.zeros(num_images, dtype=torch.bool)  # (B,) the sum; any term?
-        parts = {name: [] for name in self.rewards}
-        for batch in _batches(images, prompts, metadata):  # all rewards see one batch before the next
-            for name, (reward, _) in self.rewards.items():
-                parts[name].append(_scores(name, reward, batch, "cpu"))
         raw, failed = {}, {}
-        for name, (_, weight) in self.rewards.items():
-            scores, applies, failed[name] = _settled(name, parts[name], siblings)
-            scores = scores.detach()
-            raw[name] = scores.to(images.device)
-            if weight:
-                total += torch.where(applies, weight * scores, 0.0)
+        for name, (scores, applies, failures) in _asked(everything, images, prompts, metadata, group).items():
+            raw[name], failed[name] = scores.to(images.device), failures
+            if name in self.weights:
+                total += torch.where(applies, self.weights[name] * scores, 0.0)
                 scored |= applies
         return Scored(torch.where(scored, total, torch.nan).to(images.device), raw, failed)
+
+    def watch(self, images: Tensor, prompts: list[str], metadata: list[dict], group: Tensor) -> dict[str, float]:
+        """To log: what the watched rewards alone say of the same."""
+        found = _asked(self.watched, images.detach(), prompts, metadata, group)
+        raw, failed = ({name: each[column] for name, each in found.items()} for column in (0, 2))
+        return self.log(raw, failed)
+
+    def log(self, raw: Mapping[str, Tensor], failed: Mapping[str, int]) -> dict[str, float]:
+        """Of these rewards' scores (B,): mean and deviation of those that are finite, and how many are missing."""
+        log = {f"failed/{name}": float(count) for name, count in failed.items()}
+        for name, scores in raw.items():
+            family, known = "watched" if name in self.watched else "rewards", scores[scores.isfinite()]
+            log[f"{family}/{name}/mean"] = known.mean().item() if len(known) else math.nan
+            log[f"{family}/{name}/std"] = known.std(correction=0).item() if len(known) else math.nan
+        return log
 
 
 def is_smooth(reward: Any) -> bool:
@@ -126,6 +155,19 @@ def _guarded(images: Tensor) -> Tensor:
     if images.requires_grad:
         images.register_hook(lambda g: torch.where(g.isfinite().flatten(1).all(1)[:, None, None, None], g, 0.0))
     return images
+
+
+def _asked(
+    rewards: Mapping[str, "Reward"], images: Tensor, prompts: list[str], metadata: list[dict], group: Tensor
+) -> dict[str, tuple[Tensor, Tensor, int]]:
+    """What each reward says, on the CPU: `_settled`'s three."""
+    siblings = torch.unique(group.cpu(), return_inverse=True)[1]  # (B,) 0 ... number of groups - 1
+    parts = {name: [] for name in rewards}
+    for batch in _batches(images, prompts, metadata):  # all rewards see one batch before the next
+        for name, reward in rewards.items():
+            scores, errors = _scores(name, reward, batch, "cpu")
+            parts[name].append((scores.detach(), errors))
+    return {name: _settled(name, parts[name], siblings) for name in rewards}
 
 
 def _settled(name: str, parts: Sequence[Part], siblings: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -178,14 +220,15 @@ def _joined(name: str, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
 
 
 def _attempt(name: str, ask: "Reward", batch: Batch) -> Tensor | BaseException:
-    """The scores of a batch (B,), or what went wrong."""
+    """The scores of a batch (B,), or what went wrong. What is asked may change its lists: others have their own."""
+    images, prompts, metadata = batch
     try:
-        scores = ask(*batch)
+        scores = ask(images, list(prompts), copy.deepcopy(metadata))
     except UserError:
         raise  # says what to correct; asking image by image would only hide it
     except (Exception, SystemExit) as error:  # a user's function may raise anything; one bad image must not end a run
         return error
-    expected = (len(batch[0]),)
+    expected = (len(images),)
     if not isinstance(scores, Tensor) or scores.shape != expected:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"reward {name!r} returned {found}; expected a tensor of shape {expected}")
