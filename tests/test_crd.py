@@ -14,7 +14,7 @@ from torch.nn import functional
 from trimtab.batch import Prompts, Rollout
 from trimtab.distributed import Processes
 from trimtab.errors import UserError
-from trimtab.forward import Points, points, times_of
+from trimtab.forward import Points, points, times_of, unit_signal
 from trimtab.groups import means
 from trimtab.methods.crd import (
     CRD,
@@ -26,7 +26,6 @@ from trimtab.methods.crd import (
     distillation_loss,
     implicit_reward,
     parse_schedule,
-    unit_signal,
 )
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import RolloutConfig, Rollouts

@@ -231,7 +231,8 @@ def test_the_anchor_compares_what_networks_say_and_not_the_flow_that_noise_means
     texts = ("a red circle", "two stars")
     x_t = torch.randn(2, *face.latent_shape(face.resolution), generator=torch.Generator().manual_seed(0))
     at = Points(x_t, x_t, torch.tensor([0.5, 0.99]), x_t, face.encode(texts), torch.arange(2))
-    loss = method(face, 100, kl_beta=0.0)._loss(at, torch.zeros(2), 2)
+    assert "kl" not in method(face, 100, kl_beta=0.0)._loss(at, torch.zeros(2), 2).metrics  # it is not asked for
+    loss = method(face, 100, kl_beta=0.1)._loss(at, torch.zeros(2), 2)
     with torch.no_grad():
         now, ref = (face.predict(x_t, at.t, at.condition, role).value for role in ("default", "ref"))
     assert loss.metrics["kl"].item() == pytest.approx((now - ref).square().mean().item(), rel=1e-4)

@@ -48,14 +48,6 @@ class Points:
     prompts: Condition  # P, of which each has many samples: SD3's takes 5 MB
     group: Tensor  # (B,) which of these a sample was made for
 
-    def __len__(self) -> int:
-        return len(self.x_t)
-
-    def __getitem__(self, items: Tensor) -> Self:
-        items = items.to(self.x_t.device)
-        columns = (self.x0, self.x_t, self.t, self.target)
-        return Points(*(column[items] for column in columns), self.prompts, self.group[items])
-
     @property
     def condition(self) -> Condition:
         """One a sample (B)."""
@@ -75,6 +67,11 @@ def times_of(rollout: Rollout, config: TimesConfig, grid: Tensor) -> Tensor:
     """Times (B, T) of a rollout's samples: one draw a prompt."""
     keys = [(rollout.seed, rollout.step, index, noise.TIMES) for index in rollout.prompts.index]
     return draw_times(config, grid, keys)[rollout.group]
+
+
+def unit_signal(advantage: Tensor, clip: float) -> Tensor:
+    """CRD's eq. 5, and DiffusionNFT's r: what an advantage (B,) says, in [0, 1], and 1/2 where it is 0."""
+    return advantage.clamp(-clip, clip) / (2 * clip) + 0.5
 
 
 def points(pipeline: Pipeline, rollout: Rollout, t: Tensor, number: int) -> Points:

@@ -62,7 +62,7 @@ from torch.nn import functional
 
 from trimtab.batch import Rollout, whole_groups
 from trimtab.errors import UserError
-from trimtab.forward import Points, TimesConfig, points, times_of
+from trimtab.forward import Points, TimesConfig, points, times_of, unit_signal
 from trimtab.groups import means, softmax_weights
 from trimtab.matching import adaptive_error, denoising_error
 from trimtab.method import Loss, Stateful
@@ -118,11 +118,6 @@ def implicit_reward(v: Tensor, v_old: Tensor, target: Tensor, adaptive: bool = T
     """
     error = adaptive_error if adaptive else denoising_error
     return -(error(v, target.detach()) - error(v_old.detach(), target.detach()))
-
-
-def unit_signal(advantage: Tensor, clip: float) -> Tensor:
-    """Eq. 5: R (B,) in [0, 1], 1/2 where the advantage is 0."""
-    return advantage.clamp(-clip, clip) / (2 * clip) + 0.5
 
 
 def centres(
@@ -273,9 +268,8 @@ class CRD:
         times = times_of(rollout, config, grid)  # (B, T)
         num_terms = self.rollouts.mean_length(rollout) * config.num_train_times
         for number, t in enumerate(times.unbind(1) if len(rollout) else ()):
-            at = points(self.pipeline, rollout, t, number)
             for pack in whole_groups(rollout.group, self.batch_size):
-                yield from self._pack(rollout[pack], at[pack], num_terms)
+                yield from self._pack(rollout[pack], t[pack], number, num_terms)
         self.updates += num_terms > 0
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -288,20 +282,22 @@ class CRD:
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, TRAINED)
 
-    def _pack(self, siblings: Rollout, at: Points, num_terms: float) -> Iterator[Loss]:
-        """The terms of whole groups at one time. Old predictions are made once, whether in one pass or two."""
-        parts = torch.arange(len(at)).split(self.batch_size)
-        signal = self._signal(siblings).to(at.x_t)
-        v_old = [self._old(at[part]) for part in parts]
+    def _pack(self, siblings: Rollout, t: Tensor, number: int, num_terms: float) -> Iterator[Loss]:
+        """The terms of whole groups at their `number`-th time t (B,). Old predictions are made once, whether in one
+        pass or two."""
+        parts = torch.arange(len(siblings)).split(self.batch_size)
+        places = [points(self.pipeline, siblings[part], t[part], number) for part in parts]
+        signal = self._signal(siblings).to(siblings.latents)
+        v_old = [self._old(at) for at in places]
         centre = None
         if len(parts) > 1:  # centres first, gradients second
             with torch.no_grad():
-                q = [self._q(self._now(at[part]).flow, old, at[part]) for part, old in zip(parts, v_old, strict=True)]
+                q = [self._q(self._now(at).flow, old, at) for at, old in zip(places, v_old, strict=True)]
             centre = self._centres(torch.cat(q), signal, siblings.group)
-        for part, old in zip(parts, v_old, strict=True):
-            anchor = self._anchor(at[part])
-            now = self._now(at[part])
-            q = self._q(now.flow, old, at[part])
+        for part, at, old in zip(parts, places, v_old, strict=True):
+            anchor = self._anchor(at)
+            now = self._now(at)
+            q = self._q(now.flow, old, at)
             own = self._centres(q, signal, siblings.group) if centre is None else centre[..., part]
             yield self._loss(now, anchor, q, signal[part], own, siblings[part], num_terms)
 

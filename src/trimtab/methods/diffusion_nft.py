@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trimtab.batch import Rollout
-from trimtab.forward import Points, TimesConfig, points, times_of
+from trimtab.forward import Points, TimesConfig, points, times_of, unit_signal
 from trimtab.matching import adaptive_error, denoising_error
 from trimtab.method import Loss, Stateful
 from trimtab.pipelines import Pipeline
@@ -121,9 +121,9 @@ class DiffusionNFT:
         num_terms = self.rollouts.mean_length(rollout) * self.config.num_train_times
         times = times_of(rollout, self.config, grid)  # (B, T)
         for number, t in enumerate(times.unbind(1) if len(rollout) else ()):
-            at = points(self.pipeline, rollout, t, number)
-            for part in torch.arange(len(at)).split(self.batch_size):
-                yield self._loss(at[part], rollout.advantage[part], num_terms)
+            for part in torch.arange(len(rollout)).split(self.batch_size):
+                at = points(self.pipeline, rollout[part], t[part], number)
+                yield self._loss(at, rollout.advantage[part], num_terms)
         self.updates += num_terms > 0
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -137,16 +137,18 @@ class DiffusionNFT:
     def _loss(self, at: Points, advantage: Tensor, num_terms: float) -> Loss:
         config, process = self.config, self.pipeline.process
         with torch.no_grad():
-            v_old, before = self._said(at, OLD).flow, self._said(at, REFERENCE)
+            v_old = self._said(at, OLD).flow
+            before = self._said(at, REFERENCE) if config.kl_beta else None
         now = self._said(at, TRAINED)
-        signal = (
-            advantage.clamp(-config.adv_clip_range, config.adv_clip_range) / (2 * config.adv_clip_range) + 0.5
-        ).to(now.x_t)
+        signal = unit_signal(advantage, config.adv_clip_range).to(now.x_t)
         plus, minus = nft_errors(now.flow, v_old, at.x_t, at.x0, at.t, config.nft_beta, process)
         value = nft_loss(plus, minus, signal, nft_beta=config.nft_beta, clip=config.adv_clip_range, num_terms=num_terms)
-        drift = denoising_error(now.value, before.value)  # (B,)
-        metrics = {"kl": drift.mean().detach(), "old_deviate": denoising_error(now.flow.detach(), v_old).mean()}
-        return Loss(TRAINED, value + config.kl_beta * drift.sum() / num_terms, metrics)
+        metrics = {"old_deviate": denoising_error(now.flow.detach(), v_old).mean()}
+        if before is not None:
+            drift = denoising_error(now.value, before.value)  # (B,)
+            value = value + config.kl_beta * drift.sum() / num_terms
+            metrics["kl"] = drift.mean().detach()
+        return Loss(TRAINED, value, metrics)
 
     def _said(self, at: Points, role: str) -> Prediction:
         return self.pipeline.predict(at.x_t, at.t, at.condition, role, self.rollouts.training_scale)
