@@ -16,6 +16,7 @@ from trimtab.learner import Learner
 from trimtab.matching import normalised_direction
 from trimtab.methods.gndm import (
     GNDM,
+    MOVE,
     Balance,
     GNDMConfig,
     importance_weights,
@@ -120,14 +121,14 @@ def test_sizes_are_averaged_over_the_end_of_the_cold_start_and_then_frozen():
     assert not balance.calibrates
     assert balance.rewards_count
     observed(balance, 1.0, size=50.0, mine=50.0)
-    assert (balance.size(), balance.size("mine")) == (2, 20)
+    assert (balance.size(MOVE), balance.size("mine")) == (2, 20)
 
 
 def test_an_update_that_was_not_finite_makes_no_size_smaller():
     balance = Balance(GNDMConfig(reward_start=3, calibration=3))
     for size in (2.0, NAN, 4.0):
         observed(balance, 1.0, size=size)
-    assert (balance.size(), balance.misfit) == (3, 1)
+    assert (balance.size(MOVE), balance.misfit) == (3, 1)
 
 
 def test_a_ramp_brings_rewards_in():
@@ -438,7 +439,7 @@ def test_an_update_tells_the_balance_its_sizes_and_the_bins_its_errors_however_i
             assert loss.network == STUDENT
         # Nothing is in the bins yet, so each sample's own error is its divisor.
         expected = (r / n[:, None, None, None]).square().mean().sqrt().item()
-        assert method.balance.sizes[""] == pytest.approx(expected, rel=1e-3)
+        assert method.balance.sizes[MOVE] == pytest.approx(expected, rel=1e-3)
         found.append((method.balance.sizes["light"], method.balance.misfit, method.bins.sums.clone()))
         assert method.bins.counts.sum() == 32
         assert method.bins.sums.sum().item() == pytest.approx(n.sum().item(), rel=1e-4)

@@ -7,6 +7,7 @@ waits for it, for the learner asks all processes before it averages.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -105,12 +106,10 @@ def best_and_worst(reward: Tensor, group: Tensor, num_best: int, num_worst: int)
         top, bottom = order[:num_best], order[len(order) - num_worst :]
         shared = reward[top[-1]]
         if shared == reward[bottom[0]]:
-            mixed = [side for side in (top, bottom) if (reward[side] != shared).any()]
-            if not mixed:
+            better, worse = top[reward[top] != shared], bottom[reward[bottom] != shared]
+            if not len(better) and not len(worse):
                 continue
-            top, bottom = (
-                side[reward[side] != shared] if any(side is each for each in mixed) else side for side in (top, bottom)
-            )
+            top, bottom = (better if len(better) else top), (worse if len(worse) else bottom)
         best[top], worst[bottom] = True, True
     return best, worst
 
@@ -127,7 +126,7 @@ def in_units_of_siblings(scored: Scored, rewards: Composite, group: Tensor) -> T
         raw = scored.raw[name].double()
         fits = known & raw.isfinite()  # a reward that does not apply to a prompt is NaN for all its siblings
         own = groups.centred(raw[fits], group[fits])
-        spread = groups.means(own.square(), group[fits]).sqrt().clamp_min(1e-6)
+        spread = groups.deviations(raw[fits], group[fits]).clamp_min(1e-6)
         total[fits] += weight * own / spread
     return total / sum(abs(weight) for weight in weights.values())
 
@@ -185,7 +184,7 @@ class Space:
         if side.place is not None:
             return {key: x[side.place.to(x.device)] for key, x in found.items()}
         index = [rollout.prompts.index[g] for g in side.group]
-        number = [int((side.group[:n] == g).sum()) for n, g in enumerate(side.group)]  # within its prompt
+        number = _numbered(side.group.tolist())
         keys = [(rollout.seed, rollout.step, i, n, noise.ANCHORS) for i, n in zip(index, number, strict=True)]
         parts = []
         for part in torch.arange(len(side)).split(self.batch_size):
@@ -196,6 +195,16 @@ class Space:
 
     def _mapped(self, latents: Tensor, condition: Condition, keys: list[tuple[int, ...]]) -> dict[str, Tensor]:
         return self.feature_map(latents, condition, noise.normal(keys, latents.shape[1:]).to(latents))
+
+
+def _numbered(group: list[int]) -> list[int]:
+    """Each one's number within its own group, from 0."""
+    seen: Counter[int] = Counter()
+    numbers = []
+    for name in group:
+        numbers.append(seen[name])
+        seen[name] += 1
+    return numbers
 
 
 def _cat(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

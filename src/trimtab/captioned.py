@@ -197,7 +197,8 @@ class Reader:
         for visit in itertools.chain(mine, spares):
             meaning = self.order.meaning(visit)
             try:
-                items |= {} if meaning in items else {meaning: self._item(*visit)}
+                if meaning not in items:
+                    items[meaning] = self._item(*visit)
             except Unusable as error:
                 broken[visit[0]] = str(error)
             if len(items) == len(mine) or (broken and self.pictures.on_error == "stop"):

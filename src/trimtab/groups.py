@@ -28,17 +28,20 @@ def centred(x: Tensor, group: Tensor, weights: Tensor | None = None) -> Tensor:
     return widened(x) - means(x, group, weights)
 
 
+def deviations(x: Tensor, group: Tensor) -> Tensor:
+    """Standard deviation within each sample's group (B,), the population's."""
+    return means(centred(x, group).square(), group).sqrt()
+
+
 def normalised(x: Tensor, group: Tensor, eps: float = 1e-4, std: Literal["group", "global"] = "group") -> Tensor:
     """(x - group mean) / (std + eps) (B,): GRPO's advantage (arXiv 2402.03300).
 
     The standard deviation is the population's, of the group or of all of x; eps is also the floor where all are equal.
     """
-    difference = centred(x, group)
-    if std == "global":
-        return difference / (widened(x).std(correction=0) + eps)
-    if std == "group":
-        return difference / (means(difference.square(), group).sqrt() + eps)
-    raise ValueError(f"std {std!r} is neither 'group' nor 'global'")
+    if std not in ("group", "global"):
+        raise ValueError(f"std {std!r} is neither 'group' nor 'global'")
+    spread = deviations(x, group) if std == "group" else widened(x).std(correction=0)
+    return centred(x, group) / (spread + eps)
 
 
 def ranked(x: Tensor, group: Tensor) -> Tensor:

@@ -14,11 +14,10 @@ whatever an optimizer or `blend` has done to the weight since.
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -37,7 +36,8 @@ REFERENCE = "ref"  # the pre-trained weights: always there, never trained, never
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LoraSettings:
-    """A LoRA's shape; the defaults are CRD's for SD3.5-M. A target module is the end of the names of Linear modules.
+    """A LoRA's shape; the defaults are CRD's for SD3.5-M. A starts as N(0, 1/rank^2) and B as 0. A target module is the
+    end of the names of Linear modules.
 
     No target modules means those of the pipeline, which `loading.load` fills in.
     """
@@ -45,7 +45,6 @@ class LoraSettings:
     rank: int = Field(default=32, gt=0)
     lora_alpha: int = Field(default=64, gt=0)
     target_modules: tuple[str, ...] | None = Field(default=None, min_length=1)
-    init: Literal["gaussian", "kaiming"] = "gaussian"  # of A: N(0, 1/rank^2), or PEFT's own default; B is zero
 
     def peft_config(self) -> LoraConfig:
         """The same in PEFT's terms, as `adapter_config.json` wants it."""
@@ -54,7 +53,7 @@ class LoraSettings:
             lora_alpha=self.lora_alpha,
             lora_dropout=0.0,  # else two roles with equal weights would predict differently
             target_modules=list(self.target_modules),
-            init_lora_weights="gaussian" if self.init == "gaussian" else True,
+            init_lora_weights="gaussian",
         )
 
 
@@ -175,9 +174,9 @@ class Roles:
         return {role: {name: own.detach() for name, own in self._tensors(role).items()} for role in roles}
 
     @torch.no_grad()
-    def load_state_dict(self, states: Mapping[str, Mapping[str, Tensor]], roles: Sequence[str] | None = None) -> None:
-        """Set exactly what `state_dict(roles)` gave; UserError, and nothing changed, if names or shapes differ."""
-        own = self.state_dict(roles)
+    def load_state_dict(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set exactly what `state_dict()` gave; UserError, and nothing changed, if names or shapes differ."""
+        own = self.state_dict()
         _check_same_names("the saved roles", states, own)
         for role, tensors in own.items():
             _check_fits(role, states[role], tensors)
@@ -190,12 +189,6 @@ class Roles:
         if self.lora is None:
             raise ValueError(f"role {role!r} is a whole network, not a LoRA; save it with state_dict")
         return self.state_dict([role])[role]
-
-    def load_lora(self, role: str, state: Mapping[str, Tensor]) -> None:
-        """The reverse of `lora_state`; UserError if the LoRA has other modules or another rank."""
-        if self.lora is None:
-            raise ValueError(f"role {role!r} is a whole network, not a LoRA; load it with load_state_dict")
-        self.load_state_dict({role: state}, roles=[role])
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade compute for memory wherever a gradient may pass, by way of diffusers; UserError for other networks."""
@@ -228,10 +221,7 @@ class Roles:
         generator = torch.Generator().manual_seed(seed)
         for layer in self._layers.values():
             start = torch.empty(lora.rank, layer.in_features, device="cpu")
-            if lora.init == "gaussian":
-                nn.init.normal_(start, std=1 / lora.rank, generator=generator)
-            else:
-                nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            nn.init.normal_(start, std=1 / lora.rank, generator=generator)
             layer.lora_A[first].weight.copy_(start)
             nn.init.zeros_(layer.lora_B[first].weight)
         for role in others:

@@ -158,7 +158,7 @@ class Rollouts:
     def _spread(self, reward: Tensor, group: Tensor) -> Tensor:
         """Standard deviation of the rewards: of each sample's siblings (B,), or over all processes, a scalar."""
         if self.config.advantage_std == "group":
-            return groups.means(groups.centred(reward, group).square(), group).sqrt()
+            return groups.deviations(reward, group)
         if self.config.advantage_std == "pooled":
             reward = groups.centred(reward, group)
         # Processes gather equal shapes only, and each may have lost pictures or have a prompt less.

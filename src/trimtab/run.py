@@ -101,13 +101,13 @@ def _check_unchanged(config: RunConfig, inputs: Inputs, file: Path) -> None:
     prompts do. A setting that there was not yet has its default, which is what was done then."""
     written = load_yaml(file)
     given = {key: value for key, value in written.items() if key not in ABOUT}
-    before, now = (yaml.safe_load(dump(each)) for each in (validate(RunConfig, given, str(file)), config))
-    changed = [key for key in {**_flat(before), **_flat(now)} if _flat(before).get(key) != _flat(now).get(key)]
+    before, now = (_flat(yaml.safe_load(dump(each))) for each in (validate(RunConfig, given, str(file)), config))
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
     changed = [key for key in changed if key not in PLACE and key.rpartition(".")[2] not in MAY_CHANGE]
     if changed:
         key = changed[0]
         raise UserError(
-            f"{file} has {key}={_flat(before).get(key)} and the resumed run was given {_flat(now).get(key)}; "
+            f"{file} has {key}={before.get(key)} and the resumed run was given {now.get(key)}; "
             "resume with the same configuration, or give the changed run another name=... ."
         )
     name = changed_input(config, inputs, written)

@@ -106,9 +106,11 @@ class CRDConfig(TimesConfig):
     @classmethod
     def _is_schedule(cls, text: str | None) -> str | None:
         try:
-            return text if text is None else (parse_schedule(text), text)[1]
+            if text is not None:
+                parse_schedule(text)
         except UserError as error:
             raise ValueError(str(error)) from error
+        return text
 
 
 def implicit_reward(v: Tensor, v_old: Tensor, target: Tensor, adaptive: bool = True) -> Tensor:

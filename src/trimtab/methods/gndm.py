@@ -53,6 +53,8 @@ from trimtab.rewards.composite import Composite
 from trimtab.rollout import ADVANTAGE_EPS, comparable
 from trimtab.student import AVERAGE, FAKE, STUDENT, Call, Draw, Student, StudentConfig, TimeMode, fake_time
 
+MOVE = ""  # what A is called beside the gradients of rewards, which have names
+
 
 class GNDMConfig(StudentConfig):
     """Defaults: the reference form, with SD3.5-M's guidance in the closest public recipe."""
@@ -118,7 +120,7 @@ class Balance:
     config: GNDMConfig
     update: int = 0  # updates of the student so far
     observed: int = 0  # of them those whose sizes are summed
-    sizes: dict[str, float] = field(default_factory=dict)  # rms of A ("") and of each reward's gradient, summed
+    sizes: dict[str, float] = field(default_factory=dict)  # rms of A and of each reward's gradient, summed
     misfit: float | None = None  # q
     limit: float | None = None  # q*
     gate: float = 1.0
@@ -137,7 +139,7 @@ class Balance:
         since = self.update - self.config.reward_start + 1
         return self.gate * min(1.0, since / max(1, self.config.reward_ramp))
 
-    def size(self, name: str = "") -> float:
+    def size(self, name: str) -> float:
         """The averaged rms of A, or of a reward's gradient; 0 where no update was finite."""
         return self.sizes.get(name, 0.0) / max(1, self.observed)
 
@@ -145,7 +147,8 @@ class Balance:
         """Take in what an update showed: rms of A and of gradients, and mean |r| / n_g."""
         config = self.config
         whole = all(map(math.isfinite, (misfit, *rms.values())))
-        misfit = misfit if whole else self.misfit or 0.0
+        if not whole:  # this update says nothing
+            misfit = 0.0 if self.misfit is None else self.misfit
         self.misfit = misfit if self.misfit is None else 0.95 * self.misfit + 0.05 * misfit
         if whole and self.calibrates:
             self.sizes = {name: self.sizes.get(name, 0.0) + value for name, value in rms.items()}
@@ -169,7 +172,8 @@ class Balance:
 class Seen:
     """What the balance and the bins learn from the samples that were pushed together."""
 
-    squares: dict[str, float]  # mean squares of A ("") and of each reward's gradient, and mean |r| / n_g ("misfit")
+    misfit: float  # mean |r| / n_g
+    squares: dict[str, float]  # means of A's and of each reward's gradient, by MOVE and by reward
     n: Tensor  # (B,)
     t: Tensor  # (B,)
 
@@ -240,11 +244,10 @@ class GNDM:
         with self.student.processes.together():  # a reward's gradient may fail, before all tell what they have seen
             yield from self.student.push_losses(call, partial(self._update, packs))
         sizes = torch.tensor([len(pack.n) for pack in packs])[:, None]
-        rows = torch.tensor([list(pack.squares.values()) for pack in packs])
+        rows = torch.tensor([[pack.misfit, *pack.squares.values()] for pack in packs])
         everybody = self.student.processes.everybody
-        mean = everybody((rows * sizes).sum(0, keepdim=True) / sizes.sum()).mean(0)
-        squares = dict(zip(packs[0].squares, mean.tolist(), strict=True))
-        misfit = squares.pop("misfit")
+        misfit, *means = everybody((rows * sizes).sum(0, keepdim=True) / sizes.sum()).mean(0).tolist()
+        squares = dict(zip(packs[0].squares, means, strict=True))
         self.balance.observe({name: math.sqrt(square) for name, square in squares.items()}, misfit)
         n, t = (torch.cat(column) for column in zip(*((pack.n, pack.t) for pack in packs), strict=True))
         self.bins.update(everybody(n), everybody(t))
@@ -292,7 +295,7 @@ class GNDM:
         typical = torch.where(typical.isnan(), n, typical)  # a bin that has seen nothing yet
         move = normalised_direction(r, n, group, config.normaliser, typical=typical)
         relative = (r.flatten(1).abs().mean(1) / groups.means(n, group)).mean()
-        squares = {"misfit": relative.item(), "": move.square().mean().item()}
+        squares = {MOVE: move.square().mean().item()}
         push = over(self._importance(call, group), move) * move
         metrics = {"direction": r.abs().mean(), "misfit": n.mean()}
         asked = self.smooth if self.balance.calibrates or self.balance.rewards_count else {}
@@ -304,8 +307,8 @@ class GNDM:
                 weight = self.rewards.weights[name] * self.balance.share()
                 push = push + weight * self._scaled(name, gradient, squares)
         if call.advantage is not None and call.k < self.student.num_steps - 1:
-            push = push + self.balance.share() * self._size("", squares) * self._score(x, call)
-        packs.append(Seen(squares, n, t))
+            push = push + self.balance.share() * self._size(MOVE, squares) * self._score(x, call)
+        packs.append(Seen(relative.item(), squares, n, t))
         return push, metrics
 
     @torch.no_grad()
@@ -335,8 +338,8 @@ class GNDM:
         size = self._size(name, squares)
         own = gradient.flatten(1).square().mean(1).sqrt()  # (B,)
         limit = (3 * size / own.clamp_min(1e-12)).clamp_max(1)
-        return self._size("", squares) / max(size, 1e-12) * over(limit, gradient) * gradient
+        return self._size(MOVE, squares) / max(size, 1e-12) * over(limit, gradient) * gradient
 
     def _size(self, name: str, squares: dict[str, float]) -> float:
-        """The rms of A (""), or of a reward's gradient, by which pushes are scaled."""
+        """The rms of A, or of a reward's gradient, by which pushes are scaled."""
         return math.sqrt(squares[name]) if self.config.weighting == "grad_norm" else self.balance.size(name)
