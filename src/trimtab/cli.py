@@ -49,6 +49,7 @@ Adapter = Annotated[
     list[str] | None, typer.Option(help="The `export` folder of a run: a LoRA, or soft tokens; repeatable.")
 ]
 Guidance = Annotated[float, typer.Option(min=0, callback=_finite, help="1 is off.")]
+Resolution = Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")]
 NumSteps = Annotated[int | None, typer.Option(min=1, help="Default: 40, or what a few-step student was made for.")]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Pictures in one forward. Default: 64 small ones, 4 of 1024 pixels a side.")
@@ -81,11 +82,11 @@ def evaluate(
         str, typer.Option(help="`blocks`, a .txt or .jsonl file, or a folder with a test file.")
     ] = "blocks",
     output: Annotated[Path | None, typer.Option(help="Folder for results.json, images.jsonl and the pictures.")] = None,
-    images_per_prompt: Annotated[int, typer.Option(min=1)] = 4,
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
     num_inference_steps: NumSteps = None,
     guidance_scale: Guidance = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
-    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels a side; default: the model's own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="That of the first picture; the next has one more.")] = 0,
+    resolution: Resolution = None,
     reward: Annotated[list[str] | None, typer.Option(help="Score with this, too; repeatable.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no or bf16; default: bf16 on a GPU, else no.")] = None,
     batch_size: BatchSize = None,
@@ -119,7 +120,7 @@ def sample(
     seed: Annotated[
         int, typer.Option(min=0, max=2**62, help="Picture i starts from torch.Generator().manual_seed(seed + i).")
     ] = 0,
-    resolution: Annotated[int | None, typer.Option(min=8)] = None,
+    resolution: Resolution = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no or bf16; default: bf16 on a GPU, else no.")] = None,
     batch_size: BatchSize = None,
 ) -> None:

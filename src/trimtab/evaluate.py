@@ -262,6 +262,7 @@ def headline(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages on which pictures and numbers depend."""
     return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
 
 

@@ -12,7 +12,8 @@ from trimtab.pipelines import Pipeline
 
 
 def grid_noise(pipeline: Pipeline, batch: Captions) -> tuple[Tensor, Tensor]:
-    """The time () and noise (1, ...) that all pairs of a step share: t is one of the model's 1000 timesteps."""
+    """The time () and noise (1, ...) that all pairs of a step share: t is one of the model's 1000 timesteps. Processes
+    draw their own, which the number of their first picture keeps apart."""
     generator = noise.generator(batch.seed, batch.step, batch.index[0], noise.TRAINING)
     timestep = torch.randint(1000, (), generator=generator).to(batch.x0)
     eps = torch.randn(batch.x0.shape[1:], generator=generator).to(batch.x0)

@@ -6,6 +6,7 @@ batch is one backward pass, and only the weights of the network that it names re
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ class Stateful(Protocol):
 
 
 class Method(Protocol):
-    """One paper. The learner calls these in the order in which they stand here."""
+    """One paper. The learner asks for `trained` once and for `state` at checkpoints; then, each step, it collects, asks
+    for the losses of each batch and calls `after_step`. The run exports what has become of it."""
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
         """The weights of each network that learns, by name: one optimizer for those of them that require grad."""
@@ -81,4 +83,7 @@ class Method(Protocol):
         """The terms of a batch; each is one backward pass, so only one graph is alive at a time."""
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Move the slow copies; returns what is worth a line in the log."""
+        """Move the slow copies; returns what is worth a line in the log, under names that no loss has."""
+
+    def export(self, folder: Path) -> None:
+        """Write what was trained into a folder, as stock diffusers and PEFT load it."""

@@ -99,10 +99,10 @@ class EvaluationConfig(Strict):
     images_per_prompt: int = Field(4, gt=0)
     num_inference_steps: int | None = Field(None, gt=0)  # None: 40, or as many calls as a student has
     guidance_scale: float = Field(1.0, ge=0)  # of the trained model and of the base beside it
-    base_guidance_scale: float | None = Field(
-        4.5, ge=0
-    )  # the base also at its best, if it has many calls; None: it is not shown so
-    base_num_inference_steps: int | None = Field(None, gt=0)  # at its best; None: the trained model's, a teacher's 40
+    # The base also at its best, if it has many calls: with this guidance (None: it is not shown so), and in so many
+    # calls (None: as many as the trained model; a teacher of students 40).
+    base_guidance_scale: float | None = Field(4.5, ge=0)
+    base_num_inference_steps: int | None = Field(None, gt=0)
 
 
 class RunConfig(Strict):

@@ -84,13 +84,13 @@ class Rollouts:
         self, prompts: Prompts, step: int, role: str, first: int = 0, decoded: bool = True
     ) -> tuple[Rollout, Tensor | None]:
         """Siblings `first`, `first` + 1, ... of each prompt, not yet rewarded, and their pictures on the CPU."""
-        drawn, images = self.blank(prompts, step, first), []
+        blank, latents, images = self.blank(prompts, step, first), [], []
         with self.pipeline.roles.merged(role) if self.config.merge_lora else nullcontext():
-            for part in torch.arange(len(drawn)).split(self.config.sample_batch_size):
-                drawn.latents[part] = self.again(drawn[part], role)
+            for part in torch.arange(len(blank)).split(self.config.sample_batch_size):
+                latents.append(self.again(blank[part], role))
                 if decoded:
-                    images.append(self.pipeline.decode(drawn.latents[part]).cpu())
-        return drawn, torch.cat(images) if decoded else None
+                    images.append(self.pipeline.decode(latents[-1]).cpu())
+        return replace(blank, latents=torch.cat(latents)), torch.cat(images) if decoded else None
 
     def blank(self, prompts: Prompts, step: int, first: int = 0) -> Rollout:
         """The samples of a step that are to be drawn: their latents say nothing yet, and rewards are NaN."""

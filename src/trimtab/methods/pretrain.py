@@ -37,6 +37,8 @@ CHUNK = 250  # scenes drawn at a time
 
 
 class PretrainVAEConfig(MethodSettings):
+    """How the auto-encoder of *micro* is trained: on so many scenes, with its KL divergence weighed by `kl_weight`."""
+
     name: Literal["pretrain-vae"]
     num_scenes: int = Field(20_000, gt=0)
     kl_weight: float = Field(1e-4, ge=0)
@@ -47,6 +49,8 @@ class PretrainVAEConfig(MethodSettings):
 
 
 class PretrainMicroConfig(MethodSettings):
+    """How its transformer and text encoders are trained, on scenes in the latents of the auto-encoder in `vae`."""
+
     name: Literal["pretrain-micro"]
     vae: str = "runs/pretrain-micro-vae/export"
     num_scenes: int = Field(200_000, gt=0)
@@ -61,6 +65,8 @@ class PretrainMicroConfig(MethodSettings):
 
 
 class PretrainRecognizerConfig(MethodSettings):
+    """How the recognizer is trained."""
+
     name: Literal["pretrain-recognizer"]
     num_scenes: int = Field(30_000, gt=0)
     noise: float = Field(0.05, ge=0)  # standard deviation added to a picture, whose values span [0, 1]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 
 class PrecisionRecall(NamedTuple):
+    """How much of what was made is like the real, and how much of the real was made; both in [0, 1]."""
+
     precision: float
     recall: float
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 
 class Interval(NamedTuple):
+    """A mean and the two ends of its interval, in the units of what was averaged."""
+
     mean: float
     low: float
     high: float

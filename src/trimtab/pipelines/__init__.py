@@ -16,7 +16,7 @@ from trimtab.solvers import Predict
 
 
 class Pipeline(Protocol):
-    """A text-to-image model with roles. Latents are its own business outside `posterior` and `decode`."""
+    """A text-to-image model with roles. Latents come from `posterior`, go to `decode`, and have no meaning between."""
 
     pipe: DiffusionPipeline
     roles: Roles

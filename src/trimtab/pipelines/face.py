@@ -25,8 +25,8 @@ from trimtab.process import Process
 from trimtab.roles import Roles
 from trimtab.solvers import Predict, guided, ode
 
-# Pixels decoded at once. On a CPU what stays in its caches: twice as fast as 128 pictures. With gradient, one part at a
-# time is computed again: Stable Diffusion's auto-encoder wants some 17 GiB for a picture of 1024 pixels.
+# Pixels decoded at once. On a CPU what stays in its caches: twice as fast as 128 pictures. With gradient checkpointing
+# one part at a time is computed again: Stable Diffusion's auto-encoder wants some 17 GiB for a picture of 1024 pixels.
 AT_ONCE_PX = {"cpu": 2**16}
 WITH_GRADIENT_PX, WITHOUT_PX = 2**18, 2**22
 REMEMBERED = 2**32  # bytes of embedded prompts that are kept
@@ -54,7 +54,7 @@ class Face:
 
     @staticmethod
     def prepare(network: torch.nn.Module) -> None:
-        """Change what a family must in a network, before roles make copies of it."""
+        """Change in a network what its family has to, before roles make copies of it; here nothing."""
 
     @classmethod
     def check_scheduler(cls, name: str | None, config: Mapping[str, Any], model: str) -> None:

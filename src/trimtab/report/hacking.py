@@ -77,6 +77,4 @@ def _slopes(x: np.ndarray, y: np.ndarray, width: int) -> np.ndarray:
     slope = (x * y).sum(1) / spread
     error = np.sqrt(((y - slope[:, None] * x) ** 2).sum(1) / (width - 2) / spread)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (
-            slope / error
-        )  # infinite where the points lie on a line; NaN, so neither up nor down, where y is constant
+        return slope / error  # infinite for points on a line; NaN, so neither up nor down, where y is constant
