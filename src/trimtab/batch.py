@@ -31,9 +31,9 @@ class Prompts:
         """Where a prompt stands, in words."""
         return self.lines[item] if self.lines else "a prompt"
 
-    def of(self, group: Tensor) -> tuple[list[str], list[dict[str, Any]]]:
+    def of(self, group: Tensor) -> tuple[list[str], list[Mapping[str, Any]]]:
         """The prompt of each sample, by its number here (B,), and its metadata."""
-        return [self.text[g] for g in group], [dict(self.metadata[g]) for g in group]
+        return [self.text[g] for g in group], [self.metadata[g] for g in group]
 
     def sha256(self) -> str:
         """Of what they say and ask for, on whatever lines of whatever file."""

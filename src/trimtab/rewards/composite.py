@@ -223,7 +223,7 @@ def _attempt(name: str, ask: "Reward", batch: Batch) -> Tensor | BaseException:
     """The scores of a batch (B,), or what went wrong. What is asked may change its lists: others have their own."""
     images, prompts, metadata = batch
     try:
-        scores = ask(images, list(prompts), copy.deepcopy(metadata))
+        scores = ask(images, list(prompts), [copy.deepcopy(dict(line)) for line in metadata])
     except UserError:
         raise  # says what to correct; asking image by image would only hide it
     except (Exception, SystemExit) as error:  # a user's function may raise anything; one bad image must not end a run
