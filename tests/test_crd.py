@@ -1,5 +1,6 @@
 """CRD: its equations by hand and in closed form, and its glue on a real tiny pipeline whose roles all differ."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -26,6 +27,7 @@ from trimtab.methods.crd import (
     distillation_loss,
     implicit_reward,
     parse_schedule,
+    progress_metrics,
 )
 from trimtab.rewards.composite import Composite
 from trimtab.rollout import RolloutConfig, Rollouts
@@ -92,7 +94,7 @@ def test_implicit_reward_is_exactly_0_at_the_old_field_and_positive_for_a_better
 def test_only_the_trained_field_gets_a_gradient():
     v, v_old, target, advantage = fields()
     v_old, target = v_old.requires_grad_(), target.requires_grad_()
-    value, _ = loss_of(implicit_reward(v, v_old, target), advantage)
+    value = loss_of(implicit_reward(v, v_old, target), advantage)
     by_v, by_old, by_target = torch.autograd.grad(value, [v, v_old, target], allow_unused=True)
     assert by_v.abs().max() > 0
     assert by_old is None
@@ -115,7 +117,7 @@ def test_loss_by_hand():
     # One prompt, q = 1, 3 (mean 2), R = .5, .7 (mean .6), beta = 2, C = 5: residuals 2 (-1) + .1 and 2 (1) - .1, so
     # 5 / 2 * 1.9^2 = 9.025.
     q, signal, group = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.7]), torch.zeros(2)
-    value, _ = distillation_loss(q, signal, centres(q, signal, group), beta=2.0, clip=5.0)
+    value = distillation_loss(q, signal, centres(q, signal, group), beta=2.0, clip=5.0)
     assert abs(value.item() - 9.025) < 1e-5
 
 
@@ -123,7 +125,7 @@ def test_loss_by_hand():
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_at_the_old_field_the_gradient_is_advantage_weighted_flow_matching_for_every_beta(beta, adaptive):
     v, v_old, target, advantage = fields(at_old=True)
-    value, _ = loss_of(implicit_reward(v, v_old, target, adaptive), advantage, beta=beta)
+    value = loss_of(implicit_reward(v, v_old, target, adaptive), advantage, beta=beta)
     expected = weighted_error_gradient(advantage - means(advantage, GROUP), v, target, adaptive)
     assert gap(gradient(value, v), expected) < 1e-12
 
@@ -133,7 +135,7 @@ def test_at_the_old_field_the_gradient_is_advantage_weighted_flow_matching_for_e
 def test_anywhere_the_weight_is_the_advantage_not_yet_realised(beta, adaptive):
     v, v_old, target, advantage = fields()
     q = implicit_reward(v, v_old, target, adaptive)
-    value, _ = loss_of(q, advantage, beta=beta)
+    value = loss_of(q, advantage, beta=beta)
     realised = 2 * CLIP * beta * (q - means(q, GROUP)).detach()
     weights = advantage - means(advantage, GROUP) - realised
     assert gap(gradient(value, v), weighted_error_gradient(weights, v, target, adaptive)) < 1e-12
@@ -143,8 +145,8 @@ def test_a_gradient_through_the_uniform_centre_would_change_nothing():
     v, v_old, target, advantage = fields()
     q, signal = implicit_reward(v, v_old, target), unit_signal(advantage, CLIP)
     attached = torch.stack([means(q, GROUP), means(signal, GROUP)])[:, None]
-    with_gradient, _ = distillation_loss(q, signal, attached, clip=CLIP)
-    without, _ = loss_of(q, advantage)
+    with_gradient = distillation_loss(q, signal, attached, clip=CLIP)
+    without = loss_of(q, advantage)
     assert attached.requires_grad
     assert gap(gradient(with_gradient, v), gradient(without, v)) < 1e-12
 
@@ -153,7 +155,7 @@ def test_loss_is_the_mismatch_of_all_pairs():
     # For one prompt of K, mean_i e_i^2 with e centred is sum_ij (e_i - e_j)^2 / (2 K^2).
     torch.manual_seed(0)
     q, signal = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
-    value, _ = distillation_loss(q, signal, centres(q, signal, torch.ones(5)), beta=2.0, clip=3.0)
+    value = distillation_loss(q, signal, centres(q, signal, torch.ones(5)), beta=2.0, clip=3.0)
     e = 2.0 * q - signal
     assert abs(value - 3.0 / 2.0 * (e[:, None] - e).square().sum() / 50) < 1e-12
 
@@ -161,11 +163,11 @@ def test_loss_is_the_mismatch_of_all_pairs():
 def test_equal_rewards_leave_the_old_field_alone_and_pull_every_other_field_back():
     v, v_old, target, _ = fields(at_old=True)
     equal = means(torch.arange(BATCH, dtype=torch.float64), GROUP)
-    value, _ = loss_of(implicit_reward(v, v_old, target), equal)
+    value = loss_of(implicit_reward(v, v_old, target), equal)
     assert gradient(value, v).abs().max() < 1e-12
     v, v_old, target, _ = fields()
     q = implicit_reward(v, v_old, target)
-    value, _ = loss_of(q, equal)
+    value = loss_of(q, equal)
     pull = weighted_error_gradient(-2 * CLIP * (q - means(q, GROUP)).detach(), v, target)
     assert pull.abs().max() > 0.1
     assert gap(gradient(value, v), pull) < 1e-12
@@ -178,11 +180,11 @@ def test_a_constant_per_prompt_in_rewards_or_in_q_changes_nothing(weight_temp, l
     q, advantage = torch.randn(2, BATCH, dtype=torch.float64)
     constant = means(torch.randn(BATCH, dtype=torch.float64), GROUP)
     options = {"weight_temp": weight_temp, "loss_type": loss_type}
-    value, _ = loss_of(q, advantage, **options)
-    assert abs(loss_of(q + constant, advantage, **options)[0] - value) < 1e-12
-    assert abs(loss_of(q, advantage + constant, **options)[0] - value) < 1e-12
-    mixed, _ = loss_of(q, advantage, centring="batch", **options)
-    assert abs(loss_of(q + constant, advantage, centring="batch", **options)[0] - mixed) > 1e-3
+    value = loss_of(q, advantage, **options)
+    assert abs(loss_of(q + constant, advantage, **options) - value) < 1e-12
+    assert abs(loss_of(q, advantage + constant, **options) - value) < 1e-12
+    mixed = loss_of(q, advantage, centring="batch", **options)
+    assert abs(loss_of(q + constant, advantage, centring="batch", **options) - mixed) > 1e-3
 
 
 # Variants
@@ -215,7 +217,7 @@ def written_out(q, advantage, centring, weight_temp, loss_type, beta, group=GROU
 def test_every_variant_is_its_formula_written_out(variant):
     v, v_old, target, advantage = fields()
     q = implicit_reward(v, v_old, target)
-    value, _ = loss_of(q, advantage, beta=0.7, **variant)
+    value = loss_of(q, advantage, beta=0.7, **variant)
     expected = written_out(q, advantage, beta=0.7, **variant)
     assert abs(value - expected) < 1e-12
     assert gap(gradient(value, v), gradient(expected, v)) < 1e-12
@@ -259,13 +261,13 @@ def test_two_passes_over_parts_of_groups_give_the_gradient_of_one(variant, size)
     signal = unit_signal(advantage, CLIP)
     centring = {name: variant[name] for name in ("centring", "weight_temp")}
     q = implicit_reward(v, v_old, target)
-    whole, _ = loss_of(q, advantage, **variant)
+    whole = loss_of(q, advantage, **variant)
     with torch.no_grad():  # first pass: centres from every sample
         parts = [implicit_reward(v[i], v_old[i], target[i]) for i in torch.arange(BATCH).split(size)]
         centre = centres(torch.cat(parts), signal, GROUP, **centring)
     summed = 0.0
     for i in torch.arange(BATCH).split(size):  # second pass: gradients from parts
-        part, _ = distillation_loss(
+        part = distillation_loss(
             implicit_reward(v[i], v_old[i], target[i]),
             signal[i],
             centre[..., i],
@@ -281,26 +283,26 @@ def test_two_passes_over_parts_of_groups_give_the_gradient_of_one(variant, size)
 # Metrics
 
 
-def test_metrics_are_detached_and_saturation_runs_from_0_at_old_to_1_where_the_gradient_vanishes():
+def test_saturation_runs_from_0_at_old_to_1_where_the_gradient_vanishes():
     v, v_old, target, advantage = fields(at_old=True)
-    _, metrics = loss_of(implicit_reward(v, v_old, target), advantage)
-    assert not any(metric.requires_grad for metric in metrics.values())
-    assert metrics["saturation"] == 0
-    # beta q = R + constant: all of the advantage is realised. Half of it: 1/2.
     signal = unit_signal(advantage, CLIP)
+    q = implicit_reward(v, v_old, target).detach()
+    assert progress_metrics(q, signal, centres(q, signal, GROUP), 1.0)["saturation"] == 0
+    # beta q = R + constant: all of the advantage is realised. Half of it: 1/2.
     for share in (0.5, 1.0):
         q = (share * signal / 2.0 + 3.0).requires_grad_()
-        value, metrics = loss_of(q, advantage, beta=2.0)
-        assert abs(metrics["saturation"].item() - share) < 1e-6
-    assert gradient(value, q).abs().max() < 1e-12
+        for weight_temp in (-1.0, 0.2):  # one direction, and two
+            metrics = progress_metrics(q, signal, centres(q, signal, GROUP, weight_temp=weight_temp), 2.0)
+            assert abs(metrics["saturation"] - share) < 1e-6
+    assert gradient(loss_of(q, advantage, beta=2.0), q).abs().max() < 1e-12
 
 
 def test_implicit_reward_metrics_by_hand():
     q, signal = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5])
-    _, metrics = distillation_loss(q, signal, centres(q, signal, torch.zeros(2)))
+    metrics = progress_metrics(q, signal, centres(q, signal, torch.zeros(2)), 1.0)
     assert metrics["implicit_reward"] == 2
     assert metrics["implicit_reward_std"] == 1
-    assert metrics["saturation"].isfinite()  # though every reward is equal
+    assert math.isnan(metrics["saturation"])  # nothing was asked
 
 
 # Eq. 8: the anchor
@@ -389,7 +391,7 @@ def population(num_x0=200, num_eps=100):
 def population_loss(v, v_old, x0, eps, beta):
     """Eq. 7 for R = r, with C = beta so that its factor is 1; not self-normalised."""
     q, reward, group = implicit_reward(v, v_old, eps - x0, adaptive=False), x0[:, 0], torch.zeros(len(x0))
-    return distillation_loss(q, reward, centres(q, reward, group), beta=beta, clip=beta)[0]
+    return distillation_loss(q, reward, centres(q, reward, group), beta=beta, clip=beta)
 
 
 def minimised(basis, v_old, x0, eps, beta):
@@ -447,7 +449,7 @@ def test_the_tilt_has_no_loss_where_noise_is_averaged_before_the_square_and_a_la
         outside += weight * population_loss(v, v_old, x0, eps, 2.0 * bound)
 
     def loss(q):
-        return distillation_loss(q, rewards, centres(q, rewards, one_group), beta=2.0, clip=2.0)[0]
+        return distillation_loss(q, rewards, centres(q, rewards, one_group), beta=2.0, clip=2.0)
 
     assert abs(loss(torch.zeros_like(inside)) / 3.452 - 1) < 0.01
     assert loss(inside) < 1e-4
@@ -488,7 +490,7 @@ def test_bce_is_torchs():
     q, signal = torch.tensor([1.0, -2.0]), torch.tensor([0.9, 0.2])
     centre = torch.zeros(2, 1, 2)
     expected = functional.binary_cross_entropy(torch.sigmoid(q), torch.sigmoid(signal))
-    value, _ = distillation_loss(q, signal, centre, clip=1.0, loss_type="bce")
+    value = distillation_loss(q, signal, centre, clip=1.0, loss_type="bce")
     assert abs(value - expected) < 1e-6
 
 

@@ -505,6 +505,24 @@ def ready(recipe):
     return build
 
 
+FREE = [name for name in METHODS if name not in ("agsm", "softrepa", "dmd2, judged")]  # to take any number at a time
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_is_logged_does_not_depend_on_how_many_samples_fit_into_a_pass(recipe, name):
+    """Packs of unequal sizes, and groups that take two passes."""
+    path, found = str(recipe(**METHODS[name])), []
+    for size in (64, 5, 3):
+        rollout = ["rollout.num_prompts=3", "rollout.group_size=4", "rollout.noise_spread=1"]
+        config = run.load_config(path, [f"training.train_batch_size={size}", *rollout])
+        built = wiring.build(config, Path("unused"), Accelerator(cpu=True), inputs.check(config), Silent())
+        records = built.learner.run()
+        metrics = [next(records).metrics for _ in range(2)][-1]  # the first step has no distance from what was old
+        found.append({key: value for key, value in metrics.items() if not key.startswith(CLOCK)})
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=2e-3, abs=1e-5, nan_ok=True)
+
+
 def test_text_encoders_are_offloaded_where_the_recipe_says_so(recipe):
     for wanted in (False, True):
         config = run.load_config(str(recipe(model={"offload_text_encoders": wanted})))

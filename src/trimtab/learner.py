@@ -100,7 +100,7 @@ class Learner:
                 log["seconds/backward"].append(time.perf_counter() - started)
                 totals[loss.network] = totals.get(loss.network, 0) + loss.value.detach()
                 for name, value in loss.metrics.items():
-                    log[name].append(value)
+                    log[name].append((value, loss.num_samples))
         agreed = {name: self._agreed(name, totals.get(name)) for name in self.parameters}
         for name, total in agreed.items():
             if total is not None:
@@ -160,15 +160,13 @@ class Learner:
         log[f"seconds/{phase}"].append(time.perf_counter() - started)
 
     def _summary(self, log: dict[str, list], seconds: float) -> dict[str, float]:
-        """Times and counts are summed over the step, everything else is averaged; a reward, over those parts of the
-        step that it applies to."""
+        """Times and counts are summed over the step, everything else is averaged over its samples."""
+        summed = ("seconds/", "skipped_updates", "failed/")
         metrics = {}
         for name, values in log.items():
-            values = [float(value) for value in values]
-            if name.startswith(("rewards/", "watched/")):
-                values = [value for value in values if not math.isnan(value)] or [math.nan]
-            summed = name.startswith(("seconds/", "skipped_updates", "failed/"))
-            metrics[name] = sum(values) if summed else sum(values) / len(values)
+            pairs = [value if isinstance(value, tuple) else (value, 1) for value in values]
+            pairs = [(float(value), number) for value, number in pairs]
+            metrics[name] = sum(v for v, _ in pairs) if name.startswith(summed) else _mean(name, pairs)
         metrics |= {"seconds/step": seconds}
         if self.accelerator.num_processes > 1:
             metrics = _of_all(gather_object([metrics]))
@@ -179,6 +177,13 @@ def wait(device: torch.device) -> None:
     """Until an accelerator has done what it was told: else a clock would show when it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _mean(name: str, pairs: list[tuple[float, int]]) -> float:
+    """Of values with their numbers of samples; of a reward, over those parts of the step that it applies to."""
+    if name == "reward" or name.startswith(("rewards/", "watched/")):
+        pairs = [(value, number) for value, number in pairs if not math.isnan(value)] or [(math.nan, 1)]
+    return sum(value * number for value, number in pairs) / sum(number for _, number in pairs)
 
 
 def _of_all(metrics: list[dict[str, float]]) -> dict[str, float]:

@@ -55,7 +55,8 @@ class Loss:
 
     network: str  # whose weights this term may change
     value: Tensor  # scalar
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # detached scalars; the mean over the terms is logged
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # detached scalars, means over samples; so is their log
+    num_samples: int = 1  # that they are means of
 
 
 class Stateful(Protocol):

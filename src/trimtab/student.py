@@ -218,13 +218,14 @@ class Student:
             if len(parts) == 1:
                 x = self.x0(pack)
                 moved, metrics = update(x.detach(), pack)
-                yield Loss(STUDENT, push_loss(x, moved, len(call)), metrics)
+                yield Loss(STUDENT, push_loss(x, moved, len(call)), metrics, len(pack))
                 continue
             with torch.no_grad():
                 moved, metrics = update(torch.cat([self.x0(pack[part]) for part in parts]), pack)
             for part in parts:
                 x = self.x0(pack[part])
-                yield Loss(STUDENT, push_loss(x, moved[part.to(moved.device)], len(call)), metrics)
+                value = push_loss(x, moved[part.to(moved.device)], len(call))
+                yield Loss(STUDENT, value, metrics, len(pack))
                 metrics = {}  # of the pack: told once
 
     @torch.no_grad()

@@ -178,6 +178,7 @@ class AGSM:
                 "guidance_norm": guidance(average, weights).flatten(2).norm(dim=2).mean(),
             }
             | ({"error_mismatched": error.detach()[~own].mean()} if config.gamma_neg and size > 1 else {}),
+            len(rows),
         )
 
     def _predict(

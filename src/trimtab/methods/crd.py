@@ -163,11 +163,10 @@ def distillation_loss(
     clip: float = 5.0,
     loss_type: Literal["mse", "bce"] = "mse",
     num_terms: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 7 for q, signal (B,) and their `centres` (2, W, B): sum over B divided by num_terms, and metrics.
+) -> Tensor:
+    """Eq. 7 for q, signal (B,) and their `centres` (2, W, B): a scalar, the sum over B divided by num_terms.
 
-    num_terms (None: B) is the size of the whole batch where this is a part of it. Directions are averaged. The metric
-    `saturation` is the share of the advantage already realised, 0 at theta = old and 1 where the gradient vanishes.
+    num_terms (None: B) is the size of the whole batch where this is a part of it. Directions are averaged.
     """
     q_centred, signal_centred = q - centre[0], signal - centre[1]  # (W, B)
     if loss_type == "mse":
@@ -178,14 +177,20 @@ def distillation_loss(
         )
     else:
         raise ValueError(f"loss_type {loss_type!r} is neither 'mse' nor 'bce'")
-    value = clip / beta * mismatch.mean(0).sum() / (len(q) if num_terms is None else num_terms)
-    spread = signal_centred.std(1, correction=0).clamp_min(1e-6)  # all rewards equal: large but finite
-    metrics = {
-        "implicit_reward": q.mean(),
-        "implicit_reward_std": q.std(correction=0),
-        "saturation": (beta * q_centred.std(1, correction=0) / spread).mean(),  # std(2 C beta q^c) / std(A)
+    return clip / beta * mismatch.mean(0).sum() / (len(q) if num_terms is None else num_terms)
+
+
+@torch.no_grad()
+def progress_metrics(q: Tensor, signal: Tensor, centre: Tensor, beta: float) -> dict[str, float]:
+    """What to log of all q, signal (B,) and `centres` (2, W, B) of a step. `saturation`, std(2 C beta q^c) / std(A), is
+    the share of the advantage already realised: 0 at theta = old, 1 where the gradient vanishes, NaN of equal rewards.
+    """
+    realised, asked = (beta * (q - centre[0])).std(1, correction=0), (signal - centre[1]).std(1, correction=0)  # (W,)
+    return {
+        "implicit_reward": q.mean().item(),
+        "implicit_reward_std": q.std(correction=0).item(),
+        "saturation": torch.where(asked > 0, realised / asked, torch.nan).mean().item(),
     }
-    return value, {name: metric.detach() for name, metric in metrics.items()}
 
 
 def anchor_strength(kl_beta: float, s: Tensor, floor: float = 1e-4) -> Tensor:
@@ -246,6 +251,7 @@ class CRD:
     updates: int = 0
     told: bool = False  # of rewards that do not suit the anchor
     log: dict[str, float] = field(default_factory=dict)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # a step's q, signal and centres, in parts
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
         return {TRAINED: self.pipeline.roles.parameters(TRAINED)}
@@ -279,7 +285,13 @@ class CRD:
         decays = {role: decay_at(parse_schedule(s), self.updates) for role, s in moved.items() if s is not None}
         for role, decay in decays.items():
             self.pipeline.roles.blend(role, TRAINED, decay)
-        return self.log | {f"decay/{role}": decay for role, decay in decays.items()}
+        said = {f"decay/{role}": decay for role, decay in decays.items()}
+        if self.seen:
+            said |= progress_metrics(
+                *(torch.cat(column, -1) for column in zip(*self.seen, strict=True)), self.config.crd_beta
+            )
+        self.seen = []
+        return self.log | said
 
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, TRAINED)
@@ -314,7 +326,8 @@ class CRD:
         num_terms: float,
     ) -> Loss:
         config = self.config
-        value, metrics = distillation_loss(
+        self.seen.append((q.detach(), signal, centre))
+        value = distillation_loss(
             q,
             signal,
             centre,
@@ -323,10 +336,11 @@ class CRD:
             loss_type=config.crd_loss_type,
             num_terms=num_terms,
         )
+        metrics = {}
         if anchor is not None:
             value = value + anchor_loss(now.value, anchor.value, self._strength(rollout, signal), num_terms)
             metrics["kl"] = denoising_error(now.value.detach(), anchor.value).mean()
-        return Loss(TRAINED, value, metrics)
+        return Loss(TRAINED, value, metrics, len(q))
 
     def _signal(self, rollout: Rollout) -> Tensor:
         """R of eq. 5; without centring, of the reward before its mean is taken off."""

@@ -148,7 +148,7 @@ class DiffusionNFT:
             drift = denoising_error(now.value, before.value)  # (B,)
             value = value + config.kl_beta * drift.sum() / num_terms
             metrics["kl"] = drift.mean().detach()
-        return Loss(TRAINED, value, metrics)
+        return Loss(TRAINED, value, metrics, len(advantage))
 
     def _said(self, at: Points, role: str) -> Prediction:
         return self.pipeline.predict(at.x_t, at.t, at.condition, role, self.rollouts.training_scale)

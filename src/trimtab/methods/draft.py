@@ -92,10 +92,10 @@ class DRaFT:
             distance = denoising_error(x, origin)  # (B,)
             value = value + self.config.latent_weight * distance.sum() / num_terms
             metrics["latent_distance"] = distance.mean().detach()
-        return Loss(TRAINED, value, metrics | {"reward": reward.nanmean().detach()})
+        return Loss(TRAINED, value, metrics | {"reward": reward.nanmean().detach()}, len(rollout))
 
     def _reward(self, rollout: Rollout, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum (B,) of what applies, NaN where nothing does, and to log: what each reward says."""
+        """The weighted sum (B,) of what applies, NaN where nothing does, and to log: means of rewards, and failures."""
         rewards, about = self.rollouts.rewards, rollout.prompts.of(rollout.group)
         total, log = torch.full((len(images),), torch.nan, device=images.device), {}
         for name, reward in rewards.smooth.items():
@@ -103,4 +103,4 @@ class DRaFT:
             log |= rewards.log({name: scores.detach()}, {name: failed})
             total = torch.where(scores.isnan(), total, total.nan_to_num(0.0) + rewards.weights[name] * scores)
         log |= rewards.watch(images, *about, rollout.group)
-        return total, {name: torch.tensor(value) for name, value in log.items()}
+        return total, {name: torch.tensor(value) for name, value in log.items() if not name.endswith("/std")}

@@ -278,14 +278,14 @@ class DrPO:
                 x = self.rollouts.again(pack.rollout, TRAINED)
                 found = self.space.of(pack.rollout, x)
                 goals, metrics = self._goals(pack, {key: f.detach() for key, f in found.items()})
-                yield Loss(TRAINED, regression(found | {LATENTS: _token(x)}, goals), metrics)
+                yield Loss(TRAINED, regression(found | {LATENTS: _token(x)}, goals), metrics, len(pack))
                 continue
             goals, metrics = self._goals(pack, self.space.in_parts(pack.rollout, pack.rollout.latents))
             for part in pack.learns.nonzero().squeeze(1).split(self.batch_size):
                 x = self.rollouts.again(pack.rollout[part], TRAINED)
                 found = self.space.of(pack.rollout[part], x) | {LATENTS: _token(x)}
                 own = {key: [goal[part] for goal in each] for key, each in goals.items()}
-                yield Loss(TRAINED, regression(found, own), metrics)
+                yield Loss(TRAINED, regression(found, own), metrics, len(part))
 
     def after_step(self, step: int) -> dict[str, float]:
         return self.log

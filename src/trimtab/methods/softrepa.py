@@ -114,4 +114,5 @@ class SoftREPA:
                 "error_matched": error.detach().gather(1, own[:, None]).mean(),
                 "win_rate": (error.argmin(1) == own).float().mean(),
             },
+            len(rows),
         )
