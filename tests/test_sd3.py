@@ -5,7 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from peft import PeftModel
 from PIL import Image
 
@@ -230,6 +235,30 @@ def test_full_fine_tuning_exports_a_pipeline_that_stock_loads(tiny, point, tmp_p
     flow = face.predict(*point, face.encode(TEXTS), "default").flow
     assert gap(flow, face.predict(*point, face.encode(TEXTS), "old").flow) > 0.1
     assert gap(stock_flow(StableDiffusion3Pipeline.from_pretrained(tmp_path), *point), flow) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["tiny_folder", "tiny_sd_folder", "tiny_sdxl_folder", "tiny_flux_folder"])
+def test_full_weights_of_a_run_in_bf16_load_in_stock_diffusers_whose_text_encoders_are_the_models_own(
+    name, request, build_face, tmp_path, caplog
+):
+    folder = request.getfixturevalue(name)
+    face = build_face(folder, lora=None, precision=torch.bfloat16)
+    parts = dict(face.pipe.components)
+    face.export(tmp_path, "default")
+    assert face.pipe.components == parts
+    pipe, base = DiffusionPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(folder)
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if getattr(pipe, part, None) is not None:
+            own, expected = (getattr(each, part).state_dict() for each in (pipe, base))
+            assert all(torch.equal(own[key], tensor) for key, tensor in expected.items())
+    pipe.set_progress_bar_config(disable=True)
+    assert len(pipe("a red circle", num_inference_steps=1).images) == 1
+    for encoder in (parts["text_encoder"], parts.get("text_encoder_2")):
+        if encoder is not None:
+            encoder.config._name_or_path = encoder.name_or_path = str(tmp_path / "gone")
+    face.export(tmp_path / "again", "default")
+    assert "text_encoder" in caplog.text
+    assert "the model's own files are gone" in caplog.text
 
 
 # Training

@@ -5,6 +5,7 @@ remembered, guidance, latents, pictures and weights on disk are the same for all
 """
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trimtab.batch import Condition
 from trimtab.errors import UserError
@@ -24,6 +26,8 @@ from trimtab.prediction import Kind, Prediction
 from trimtab.process import Process
 from trimtab.roles import Roles
 from trimtab.solvers import Predict, guided, ode
+
+logger = logging.getLogger(__name__)
 
 # Pixels decoded at once. On a CPU what stays in its caches: twice as fast as 128 pictures. With gradient checkpointing
 # one part at a time is computed again: Stable Diffusion's auto-encoder wants some 17 GiB for a picture of 1024 pixels.
@@ -210,9 +214,11 @@ class Face:
         """A LoRA as stock diffusers and as PEFT load it, rank and alpha included; full weights as a pipeline. The
         weights of a student go with the scheduler that samples it."""
         if self.roles.lora is None:
-            kept, self.pipe.scheduler = self.pipe.scheduler, student or self.pipe.scheduler
+            saved = self._unrounded() | ({} if student is None else {"scheduler": student})
+            own = {name: getattr(self.pipe, name) for name in saved}
+            self.pipe.register_modules(**saved)
             self.pipe.save_pretrained(folder)
-            self.pipe.scheduler = kept
+            self.pipe.register_modules(**own)
             if self.roles.module(role) is not getattr(self.pipe, self.NETWORK):
                 self.roles.module(role).save_pretrained(folder / self.NETWORK)
             return
@@ -225,6 +231,17 @@ class Face:
         self.pipe.save_lora_weights(folder, **layers)
         save_file({f"base_model.model.{name}": t for name, t in state.items()}, folder / "adapter_model.safetensors")
         config.save_pretrained(folder)
+
+    def _unrounded(self) -> dict[str, PreTrainedModel]:
+        """The parts of transformers, which nothing changes, as the model's files have them; here they are rounded where
+        the precision is bf16, and diffusers loads them in the type that they were saved in."""
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, PreTrainedModel)}
+        found = {name: part for name, part in parts.items() if part.dtype != torch.float32}
+        try:
+            return {name: type(part).from_pretrained(part.name_or_path, dtype="auto") for name, part in found.items()}
+        except OSError as error:
+            logger.warning("%s are exported in bf16, for the model's own files are gone: %s", ", ".join(found), error)
+            return {}
 
     def _embedded(self, text: str) -> Condition:
         """One prompt's condition. As many as fit are remembered, away from the accelerator, which they would fill."""
