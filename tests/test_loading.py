@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from trimtab.errors import UserError
-from trimtab.pipelines import loading
+from trimtab.pipelines import few_step, loading
 from trimtab.pipelines.adapters import LORA_FILE, Adapters
 
 
@@ -123,7 +124,7 @@ def test_a_students_lora_is_known_by_the_scheduler_beside_it(tmp_path, tiny_fold
     if not student:
         loading.check_many_steps(str(tiny_folder), adapters, "crd")
         return
-    (tmp_path / "mine" / "scheduler").mkdir(parents=True)
+    few_step.flow_scheduler(1, 1.0).save_pretrained(tmp_path / "mine" / "scheduler")
     with pytest.raises(UserError, match=r"adapter '.*mine' is a few-step student, and crd begins from"):
         loading.check_many_steps(str(tiny_folder), adapters, "crd")
 
@@ -151,9 +152,23 @@ def test_the_one_call_of_a_unet_is_made_at_noise_or_refused(
                 loading.check_one_call(model, Adapters(), "drpo")
         else:
             loading.check_one_call(model, Adapters(), "drpo")
-    (tmp_path / "mine" / "scheduler").mkdir(parents=True)  # a student's LoRA brings its own
+    few_step.flow_scheduler(1, 1.0).save_pretrained(tmp_path / "mine" / "scheduler")  # a student's LoRA brings its own
     loading.check_one_call(str(tmp_path), Adapters((tmp_path / "mine" / LORA_FILE,)), "drpo")
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("by_lora", [True, False])
+def test_a_student_of_several_calls_is_no_generator_of_one(tmp_path, tiny_folder, by_lora):
+    folder = tmp_path / "mine"
+    if not by_lora:
+        shutil.copytree(tiny_folder, folder)
+    few_step.flow_scheduler(4, 1.0).save_pretrained(folder / "scheduler")
+    adapters = Adapters((folder / LORA_FILE,)) if by_lora else Adapters()
+    model = str(tiny_folder if by_lora else folder)
+    with pytest.raises(UserError, match=r"(adapter|model) '.*mine' is a student of 4 calls, and drpo trains .* of one"):
+        loading.check_one_call(model, adapters, "drpo")
+    with pytest.raises(UserError, match=r"give the one that it was made from\.$"):  # and no method of one call
+        loading.check_many_steps(model, adapters, "crd")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +181,6 @@ def test_a_transformer_of_which_nothing_says_that_few_calls_are_enough_is_told(
     loading.check_one_call(model, Adapters(), "drpo")
     assert len(caplog.messages) == warnings
     assert all(f"nothing says that model '{model}' draws well in few calls" in line for line in caplog.messages)
-    (tmp_path / "mine" / "scheduler").mkdir(parents=True)
+    few_step.flow_scheduler(1, 1.0).save_pretrained(tmp_path / "mine" / "scheduler")
     loading.check_one_call(model, Adapters((tmp_path / "mine" / LORA_FILE,)), "drpo")
     assert len(caplog.messages) == warnings

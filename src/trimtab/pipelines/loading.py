@@ -20,6 +20,7 @@ from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.adapters import Adapters, files_in, files_of, find, merge
 from trimtab.pipelines.face import Face
+from trimtab.pipelines.few_step import NUM_CALLS
 from trimtab.pipelines.flux import Flux
 from trimtab.pipelines.sd import SD
 from trimtab.pipelines.sd3 import SD3
@@ -273,16 +274,26 @@ def check_many_steps(model: str, adapters: Adapters, method: str) -> None:
     model at all its times would undo it."""
     found = _few_step(model, adapters)
     if found is not None:
+        student, calls = found
+        other = ", or a method for generators of one call, such as drpo" if calls in (None, 1) else ""
         raise UserError(
-            f"{found} is a few-step student, and {method} begins from a model of many steps; give the one that it was "
-            "made from, or a method for generators of one call, such as drpo."
+            f"{student} is a few-step student, and {method} begins from a model of many steps; give the one that it "
+            f"was made from{other}."
         )
 
 
 def check_one_call(model: str, adapters: Adapters, method: str) -> None:
-    """UserError for a UNet whose scheduler makes the first of its calls away from noise, for one call would be made
-    there. A warning for a transformer, which is called at noise, where nothing says that few calls are enough."""
-    if _few_step(model, adapters) is not None:
+    """UserError for a student of several calls, and for a UNet whose scheduler makes the first of its calls away from
+    noise, for one call would be made there. A warning for a transformer, which is called at noise, where nothing says
+    that few calls are enough."""
+    found = _few_step(model, adapters)
+    if found is not None:
+        student, calls = found
+        if calls not in (None, 1):
+            raise UserError(
+                f"{student} is a student of {calls} calls, and {method} trains a generator of one; give a student of "
+                "one call, as gndm makes it with rollout.num_inference_steps=1."
+            )
         return
     path = resolve(model)
     if FACES[_index(path, model)["_class_name"]].NETWORK != "unet":
@@ -301,14 +312,16 @@ def check_one_call(model: str, adapters: Adapters, method: str) -> None:
         )
 
 
-def _few_step(model: str, adapters: Adapters) -> str | None:
-    """What makes a model a few-step student: itself or a LoRA. None: nothing that is known."""
+def _few_step(model: str, adapters: Adapters) -> tuple[str, int | None] | None:
+    """What makes a model a few-step student, itself or a LoRA, the last that does, and of how many calls, if that is
+    known. None: nothing that is known."""
     students = [file.parent for file in adapters.loras if (file.parent / "scheduler").is_dir()]
     if students:
-        return f"adapter {str(students[0])!r}"
-    config = _json(resolve(model), SCHEDULER, model)
+        config = json.loads((students[-1] / SCHEDULER).read_text())
+        return f"adapter {str(students[-1])!r}", config.get(NUM_CALLS)
+    config = _json(str(STUDENTS.get(model, resolve(model))), SCHEDULER, model)
     few = config.get("_class_name") == "LCMScheduler" or config.get("stochastic_sampling")
-    return f"model {model!r}" if few or model in STUDENTS else None
+    return (f"model {model!r}", config.get(NUM_CALLS)) if few else None
 
 
 def check_tokens(settings: TokenSettings, model: str, *, from_text: bool = False) -> None:
