@@ -18,7 +18,8 @@ import yaml
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trimtab import bench, checkpoint, inputs, run, wiring
@@ -229,6 +230,12 @@ def test_a_run_leaves_all_that_it_promises_and_resuming_it_only_prints_the_resul
     evaluated = [line for line in map(json.loads, (folder / "metrics.jsonl").open()) if "lr" not in line]
     assert [line["step"] for line in evaluated] == [0, 0, 3]
     assert evaluated[2]["eval/trained/strict"] == results["scores"]["strict"]["overall"]["mean"]
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "eval/trained" in lines[-1]
+    (folder / "metrics.jsonl").write_text("".join(lines[:-1]))  # as if killed when all was evaluated, and not yet told
+    assert cli("train", path, "--resume")[0] == 0
+    assert (folder / "metrics.jsonl").read_text() == "".join(lines)
 
     before = weights(), metrics(), (folder / "evaluation/trained/results.json").read_bytes()
     code, again, _ = cli("train", path, "--resume")
@@ -627,6 +634,29 @@ def test_a_reward_that_fails_for_one_picture_costs_that_picture(recipe, workplac
     run.train(run.load_config(str(path)), Silent())
     assert [line["failed/once.py:f"] for line in metrics()] == [0, 1, 0]
     assert all(math.isfinite(line["loss"]) for line in metrics())
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(recipe, workplace, cli, monkeypatch):
+    path = str(recipe(training={"max_train_steps": 3, "checkpointing_steps": 1}))
+    asked: list = []
+
+    def full(tensors, file, *args, **kwargs):
+        save_file(tensors, file, *args, **kwargs)
+        asked.append(file)
+        if len(asked) > 1:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full)
+    code, _, error = cli("train", path)
+    assert code == 1
+    said = "checkpoint-2 could not be written (I/O error: No space left on device (os error 28)); checkpoint-1 is"
+        "checkpoint-2 could not be written (I/O error: No space left on device (os error 28)); checkpoint-1 is the last"
+    )
+    assert said in error
+    assert len(asked) == 2  # it was not tried once more
+    assert [file.name for file in (workplace / "runs/mine").glob("checkpoint-*")] == ["checkpoint-1"]
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", save_file)
+    assert cli("train", path, "--resume")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from trimtab.errors import UserError
+from trimtab.errors import RunStopped, UserError
 from trimtab.files import as_umask, atomic_write, to_disk
 
 _TENSORS, _TREE = "state.safetensors", "state.json"
@@ -35,20 +35,31 @@ _UNSIGNED = {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 _OTHER_DTYPES = _UNSIGNED | {torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64}
 
 
+class NotSaved(RunStopped):
+    """A checkpoint that could not be written; those before it are whole."""
+
+
 def save(folder: str | Path, state: dict) -> None:
     """Write `state` as `folder`, in place of what may be there; killed at any instant it leaves whole checkpoints only.
 
     Keys are str or int. Tensors may live on any device and share memory: what is the same tensor at several places is
     written once and comes back as one, other views of one memory come back apart. A ValueError names the place in
-    `state` of what cannot be stored: complex128, sparse, meta or sharded tensors (gather those first).
+    `state` of what cannot be stored: complex128, sparse, meta or sharded tensors (gather those first). NotSaved, and
+    nothing left of it, where the disk does not take it.
     """
     folder = Path(folder)
     tensors = _Tensors()
     tree = _encode(state, "", tensors)
     temporary = _sibling(folder, ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _write(temporary, tree, tensors.by_name)
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, tree, tensors.by_name)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = latest(folder.parent)
+        last = "there is none before it" if kept is None else f"{kept.name} is the last whole one"
+        raise NotSaved(f"{folder} could not be written ({error}); {last}: make room, and --resume.") from error
     _put_in_place(temporary, folder)
 
 

@@ -1,5 +1,6 @@
 """The command line: verbs only. Bad input is one sentence and exit code 2; a run that had to stop is exit code 1."""
 
+import errno
 import itertools
 import logging
 import math
@@ -287,6 +288,8 @@ def main() -> None:
     except RunStopped as error:
         sys.exit(_failed(str(error), 1))
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            sys.exit(_failed("no space is left on the disk; make room, and a training run goes on with --resume", 1))
         if error.filename is None:  # not of a file that somebody named
             raise
         sys.exit(_failed(f"{error.filename}: {error.strerror}", 2))

@@ -1,5 +1,6 @@
 """The life of a run: from a recipe to a finished folder, resumed where it was interrupted."""
 
+import json
 import math
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -156,6 +157,8 @@ def _learn(run: Run) -> None:
                 _pictures(run, record.step)
             if record.step % training.checkpointing_steps == 0 or record.step == total:
                 _save(run)
+    except checkpoint.NotSaved:  # nor would it be now
+        raise
     except (RunStopped, UserError) as error:
         cause = str(error).rstrip(".")
         if run.learner.moved:  # in the middle of a step, which a resume could not go on with
@@ -217,6 +220,8 @@ def _evaluate(run: Run, label: str, role: str, setting: evaluate.Setting) -> Non
     folder, processes = run.folder / "evaluation" / label, Processes.of(run.accelerator)
     there = torch.tensor([float((folder / "results.json").is_file())])  # written last, so all of it is there
     if processes.everybody(there)[0]:
+        if run.writes:
+            _note(run, label, json.loads((folder / "results.json").read_text()))
         return
     alone = {} if run.rewards is None else run.rewards.alone()
     own = {name: reward for name, reward in alone.items() if name not in BUILT_IN}
@@ -235,10 +240,17 @@ def _evaluate(run: Run, label: str, role: str, setting: evaluate.Setting) -> Non
         progress=lambda done, total: run.display.progress(f"evaluating {label}", done, total),
         processes=processes,
     )
-    if not run.writes:
-        return
+    if run.writes:
+        _note(run, label, results)
+
+
+def _note(run: Run, label: str, results: dict[str, Any]) -> None:
+    """The evaluation's numbers in the log, unless they are there: a run may have been killed before that."""
+    file = run.folder / "metrics.jsonl"
     numbers = {f"eval/{label}/{name}": value for name, value in evaluate.headline(results).items()}
-    append(run.folder / "metrics.jsonl", run.learner.step, numbers)
+    said = file.read_text() if file.is_file() else ""
+    if not any(f'"{name}"' in said for name in numbers):
+        append(file, run.learner.step, numbers)
 
 
 def _setting(run: Run) -> evaluate.Setting:
