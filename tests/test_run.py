@@ -650,8 +650,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(recipe, wo
     code, _, error = cli("train", path)
     assert code == 1
     said = "checkpoint-2 could not be written (I/O error: No space left on device (os error 28)); checkpoint-1 is"
-        "checkpoint-2 could not be written (I/O error: No space left on device (os error 28)); checkpoint-1 is the last"
-    )
     assert said in error
     assert len(asked) == 2  # it was not tried once more
     assert [file.name for file in (workplace / "runs/mine").glob("checkpoint-*")] == ["checkpoint-1"]
