@@ -14,6 +14,7 @@ from trimtab.candidates import (
     Offline,
     Ranked,
     Space,
+    _numbered,
     best_and_worst,
     in_units_of_siblings,
     ranked,
@@ -291,3 +292,47 @@ def test_noise_of_pictures_belongs_to_them_whatever_is_beside_them(tiny, folder)
         assert torch.equal(space.of_anchors(alone.worse, alone.rollout, {})["eps"], whole[batch.worse.group == group])
     own = space.in_parts(batch.rollout, batch.rollout.latents)["eps"]
     assert len({x.sum().item() for x in (*whole, *own)}) == 3 + 8  # candidates of the same numbers have other noise
+
+
+def test_a_later_round_that_is_not_scored_costs_no_more_than_itself(tiny, caplog):
+    answers = iter([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])  # the first prompt has both, the second waits for a 1
+
+    def reward(images, prompts, metadata):
+        return torch.tensor([next(answers) for _ in images])
+
+    batch, log = successes_and_failures(rollouts(tiny(), reward, num_prompts=2), 0, "default", 0.5, 1, 2)
+    assert len(batch.rollout.group.unique()) == 1
+    assert (log["images"], log["failed/mine"]) == (12, 0)
+    assert "round 2: reward 'mine' failed for all 4 images" in caplog.text
+
+
+def test_pictures_are_numbered_within_their_group():
+    assert _numbered([4, 1, 4, 4, 1]) == [0, 0, 1, 2, 1]
+
+
+def test_a_sample_without_a_total_counts_in_no_mean_of_its_siblings():
+    nan = float("nan")
+    a, b = torch.tensor([1.0, 2, 3, 100]), torch.tensor([1.0, 2, 3, nan])  # the last has a, and no b
+    rewards, group = Composite({"a": (None, 1.0), "b": (None, 1.0)}), torch.zeros(4, dtype=torch.int64)
+    worth = in_units_of_siblings(Scored(torch.tensor([2.0, 4, 6, nan]), {"a": a, "b": b}, {}), rewards, group)
+    assert worth[:3].tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
+    assert worth[3].isnan()
+
+
+def test_the_log_is_of_all_candidates_whether_they_teach_or_not(tiny):
+    answers = iter([0.0, 0.0, 1.0, 3.0])
+    made = rollouts(tiny(), lambda images, *_: torch.tensor([next(answers) for _ in images]), num_prompts=1)
+    _, log = successes_and_failures(made, 0, "default", 2.0, 1, 1)
+    assert (log["success_rate"], log["reward"]) == (0.25, 1.0)
+    answers = iter([0.0, 3.0, 3.0, 3.0])
+    _, log = successes_and_failures(made, 0, "default", 2.0, 1, 1)
+    assert (log["success_rate"], log["reward"]) == (0.75, 2.25)  # one of each teaches
+
+
+def test_how_small_a_rewards_unit_is_does_not_matter():
+    group, z = torch.zeros(4, dtype=torch.int64), torch.tensor([1.0, 2, 4, 3])
+    rewards = Composite({"a": (None, 1.0), "b": (None, 1.0)})
+    worth = [
+        in_units_of_siblings(Scored(z, {"a": scale * z, "b": z.flip(0)}, {}), rewards, group) for scale in (1.0, 1e-4)
+    ]
+    assert (worth[0] - worth[1]).abs().max() < 1e-4

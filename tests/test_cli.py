@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from trimtab import __version__
+from trimtab import __version__, inputs
 from trimtab.cli import console, main
 from trimtab.files import lock
 from trimtab.pipelines import adapters, few_step, loading
@@ -401,7 +401,9 @@ def test_more_calls_than_a_models_table_has_rows_are_refused(refused, recipe, ti
     assert "a table of 1000 rows: give fewer." in sentence
 
 
-@pytest.mark.parametrize(("name", "own"), [("pretrain-micro-vae", "vae"), ("pretrain-recognizer", "recognizer")])
+@pytest.mark.parametrize(
+    ("name", "own"), [("pretrain-micro-vae", "vae"), ("pretrain-micro", "micro"), ("pretrain-recognizer", "recognizer")]
+)
 def test_a_learning_rate_of_no_network_of_pre_training_is_refused(refused, name, own):
     assert f"the networks that learn are {own}." in refused("train", name, "optimizer.learning_rates={nets: 0.1}")
 
@@ -749,7 +751,7 @@ def test_a_recipe_s_description_is_told_to_its_end(cli):
 def test_recipes_are_listed_without_torch_and_the_hub_s_retries_are_not_told():
     script = """
 import logging, sys
-from trimtab import __version__
+from trimtab import __version__, inputs
 from trimtab.cli import console, main
 main()
 assert "torch" not in sys.modules
@@ -768,3 +770,24 @@ assert not logging.getLogger("huggingface_hub").isEnabledFor(logging.WARNING)
 def test_every_recipe_is_sound_and_named_after_its_file(name):
     assert load_config(name).name == name
     assert load_config(str(RECIPES / f"{name}.yaml")) == load_config(name)
+
+
+def test_more_calls_of_an_evaluation_than_the_table_has_rows_are_refused(refused, recipe, tiny_sd_folder):
+    model = f"model.pretrained_model_name_or_path={tiny_sd_folder}"
+    assert "1001 calls of model" in refused("train", recipe(), model, "evaluation.num_inference_steps=1001")
+
+
+def test_draft_may_draw_one_picture_a_prompt_whatever_is_watched(recipe):
+    Path("smooth.py").write_text(
+        "class Light:\n"
+        "    def __call__(self, images, prompts, metadata):\n        return images.mean((1, 2, 3))\n"
+        "    with_gradient = __call__\n"
+        "light = Light()\n"
+    )
+    found = inputs.check(
+        load_config(
+            str(recipe(method={"name": "draft"}, rewards={"smooth.py:light": 1.0, "reward.py:brightness": 0.0})),
+            ["rollout.group_size=1", "rollout.num_inference_steps=1"],
+        )
+    )
+    assert list(found.rewards.watched) == ["reward.py:brightness"]

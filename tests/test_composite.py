@@ -321,3 +321,21 @@ def test_scores_carry_no_graph():
     scored = Composite({"a": (reward, 1.0)}).score(images, ["p"] * 2, [{}] * 2, torch.zeros(2).long())
     assert not scored.total.requires_grad
     assert not scored.raw["a"].requires_grad
+
+
+def test_a_score_that_is_not_finite_is_not_logged():
+    composite = Composite({"a": (BAD_REWARD, 1.0), "b": (BAD_REWARD, 0.0)})
+    log = composite.log({"a": torch.tensor([1.0, INF, 4.0]), "b": torch.tensor([NAN, INF])}, {"a": 1, "b": 0})
+    assert (log["rewards/a/mean"], log["rewards/a/std"]) == (2.5, 1.5)
+    assert math.isnan(log["watched/b/mean"])
+    assert math.isnan(log["watched/b/std"])
+
+
+def test_who_watches_is_given_pictures_without_a_graph_and_nobody_else_is_asked():
+    def never(*args):
+        pytest.fail("a reward that is trained on was asked")
+
+    composite = Composite({"a": (never, 1.0), "b": (lambda x, *_: torch.from_numpy(x.numpy().mean((1, 2, 3))), 0.0)})
+    images = torch.ones(2, 3, 4, 4, requires_grad=True)
+    log = composite.watch(images, ["p", "q"], [{}, {}], torch.tensor([0, 1]))
+    assert log == {"failed/b": 0.0, "watched/b/mean": 1.0, "watched/b/std": 0.0}

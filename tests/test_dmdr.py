@@ -120,3 +120,9 @@ def test_a_reward_without_a_gradient_is_refused():
     with pytest.raises(UserError, match="the reward would never count"):
         DMDR.check_rewards(DMDRConfig(), Composite({"light": (Light(), 1.0)}), 4, 8, 9)
     DMDR.check_rewards(DMDRConfig(reward_start=0), Composite({"light": (Light(), 1.0)}), 1, 1, 9)
+
+
+def test_dmdr_watches_nothing():
+    rewards = Composite({"light": (Light(), 1.0), "seen": (Light(), 0.0)})
+    with pytest.raises(UserError, match="'seen' has none, or no weight"):
+        DMDR.check_rewards(DMDRConfig(reward_start=0), rewards, 4, 8, 9)

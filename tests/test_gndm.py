@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from trimtab import noise
+from trimtab import groups, noise
 from trimtab.batch import Prompts
 from trimtab.distributed import Processes
 from trimtab.errors import StoppedTogether, UserError
@@ -470,3 +470,91 @@ def test_the_average_follows_the_student_at_every_update_of_a_reused_rollout(tin
         expected = 0.25 * start[name] + 0.25 * path[0][name] + 0.5 * path[1][name]
         assert gap(found, expected) < 1e-6
         assert torch.equal(path[1][name], face.roles.parameters(STUDENT)[name])
+
+
+def test_parts_of_unequal_size_tell_the_balance_the_mean_over_samples(tiny_folder):
+    found = []
+    for size in (24, 16):  # one pack of three groups, or packs of two and of one
+        face, student, _ = built(tiny_folder, Smooth())
+        config = student.config.model_copy(update={"num_prompts": 3})
+        student = replace(student, config=config, batch_size=size)
+        settings = {"fake_updates": 1, "real_guidance_scale": 2.0, "reward_start": 2, "calibration": 2}
+        method = GNDM(GNDMConfig(**settings), face, student, Composite({"light": (Smooth(), 1.0)}))
+        list(method.losses(student.call(STUDENT, student.draw(0, 0, 2))))
+        found.append((method.balance.misfit, *method.balance.sizes.values()))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_one_reward_that_does_not_apply_takes_nothing_from_another(tiny_folder):
+    scores, other = torch.arange(32.0), torch.arange(32.0) % 5
+    other[:8] = NAN
+    face, student, _ = built(tiny_folder, Smooth())
+    rewards = Composite(
+        {
+            "a": (lambda *_: scores, 1.0),
+            "b": (lambda *_: other, 1.0),
+            "light": (Smooth(), 1.0),
+            "w": (lambda *_: scores, 0),
+        }
+    )
+    method = GNDM(GNDMConfig(fake_updates=1, real_guidance_scale=1.0, reward_start=1), face, student, rewards)
+    draw = student.draw(0, 0, 2)
+    found = method._advantage(draw, student.path(draw, 2)[-1])
+    assert found.isfinite().all()
+    assert found[:8].diff().min() > 0  # of a alone
+    told = {key for key in method.log if key.startswith(("rewards/", "watched/", "failed/")) and "std" not in key}
+    assert told == {"rewards/a/mean", "failed/a", "rewards/b/mean", "failed/b", "watched/w/mean", "failed/w"}
+
+
+def test_the_gate_opens_up_to_ten_and_never_closes_for_good():
+    balance = Balance(GNDMConfig(reward_start=1, calibration=1, gate_rate=0.5))
+    observed(balance, 1.0)
+    observed(balance, *[0.1] * 30)
+    assert balance.gate == 10
+    observed(balance, *[50.0] * 60)
+    assert balance.gate == 1e-4
+
+
+def test_an_update_that_is_not_finite_says_nothing_also_if_it_is_the_first():
+    balance = Balance(GNDMConfig(reward_start=3, calibration=3))
+    observed(balance, math.nan)
+    assert balance.misfit is None
+    observed(balance, 1.0, 1.0)
+    assert balance.limit == pytest.approx(1.1)
+
+
+def test_the_misfit_is_a_running_mean():
+    balance = Balance(GNDMConfig())
+    observed(balance, 1.0, 2.0, 2.0)
+    assert balance.misfit == pytest.approx(1 + 0.05 + 0.95 * 0.05)
+
+
+def test_the_relative_misfit_is_in_units_of_the_siblings(tiny_folder):
+    _, student, method = built(tiny_folder, Smooth(), real_guidance_scale=3.0)
+    call = student.call(STUDENT, student.draw(0, 0, 2))
+    r, n, _ = student.direction(student.x0(call).detach(), call, method.config)
+    list(method.losses(call))
+    expected = (r.flatten(1).abs().mean(1) / groups.means(n, call.draw.group)).mean().item()
+    assert method.balance.misfit == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_reward_is_not_asked_for_a_gradient_before_sizes_are_measured(tiny_folder):
+    class Never(Smooth):
+        def with_gradient(self, images, prompts, metadata):
+            pytest.fail("asked in the cold start")
+
+    _, student, method = built(tiny_folder, Never(), reward_start=9, calibration=2)
+    list(method.losses(student.call(STUDENT, student.draw(0, 0, 2))))
+
+
+def test_balance_and_bins_learn_from_all_processes(tiny_folder):
+    found = []
+    for factor in (1, 3):
+        face, student, _ = built(tiny_folder, Smooth())
+        both = Processes(0, 2, lambda x, factor=factor: torch.cat([x, factor * x]))
+        student = replace(student, processes=both)
+        method = GNDM(GNDMConfig(fake_updates=1, real_guidance_scale=3.0), face, student)
+        list(method.losses(student.call(STUDENT, student.draw(0, 0, 2))))
+        assert method.bins.counts.sum() == 2 * 16
+        found.append(method.balance.misfit)
+    assert found[1] == pytest.approx(2 * found[0], rel=1e-5)

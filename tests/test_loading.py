@@ -184,3 +184,8 @@ def test_a_transformer_of_which_nothing_says_that_few_calls_are_enough_is_told(
     few_step.flow_scheduler(1, 1.0).save_pretrained(tmp_path / "mine" / "scheduler")
     loading.check_one_call(model, Adapters((tmp_path / "mine" / LORA_FILE,)), "drpo")
     assert len(caplog.messages) == warnings
+
+
+def test_a_flow_is_sampled_in_any_number_of_calls(tiny_folder):
+    loading.check_calls(str(tiny_folder), 2000)
+    loading.check_calls("micro", 2000)

@@ -41,6 +41,12 @@ class Contrast:
 METHODS = {"drpo": (DrPO, DrPOConfig), "dpo-one-step": (DPOOneStep, DPOOneStepConfig), "draft": (DRaFT, DRaFTConfig)}
 
 
+def one_record(method):
+    """What one step of training logs."""
+    (record,) = Learner(method, Accelerator(cpu=True), OptimizerConfig(learning_rate=1e-3), 1).run()
+    return record.metrics
+
+
 def build(face, name="drpo", batch_size=64, moved=True, reward=None, **settings):
     """A method over `face`, whose LoRA is away from the base unless told otherwise."""
     if moved:
@@ -412,3 +418,63 @@ def skip(rank: int, folder: str, model: str, variant: str) -> None:
     assert len(asked) == expected
     save_file({n: p.detach() for n, p in face.roles.parameters("default").items()}, f"{folder}/{rank}.safetensors")
     torch.distributed.destroy_process_group()
+
+
+def test_draft_climbs_the_weighted_sum_of_its_rewards_and_logs_them_unweighted(tiny):
+    plain = build(tiny(), "draft", batch_size=9)
+    value, gradient = gradients(plain)
+    method = build(plain.pipeline, "draft", batch_size=9, moved=False)
+    rewards = Composite({"mine": (Contrast(), 4.0), "against": (Contrast(), -1.0)})
+    method.rollouts = replace(method.rollouts, rewards=rewards)
+    found, slope = gradients(method)
+    assert found == pytest.approx(3 * value, rel=1e-5)
+    assert (slope - 3 * gradient).abs().max() < 1e-5 * gradient.abs().max()
+    metrics = one_record(method)
+    assert metrics["images"] == 3 * SIZE
+    assert metrics["rewards/mine/mean"] == pytest.approx(metrics["rewards/against/mean"])
+    assert metrics["reward"] == pytest.approx(3 * metrics["rewards/mine/mean"], rel=1e-5)
+
+
+def test_the_reward_that_is_logged_is_the_mean_of_those_that_there_are(tiny):
+    reward = Picky()
+    method = build(tiny(), "draft", batch_size=9, reward=reward)
+    (rollout,) = method.collect(0)
+    images = method.pipeline.decode(method.rollouts.again(rollout, "default").detach())
+    reward.bounds = images.mean((1, 2, 3)).sort().values[2].item(), 0.0
+    loss, metrics = None, []
+    for loss in method.losses(rollout):
+        metrics.append(loss.metrics)
+    for each in metrics:
+        assert each["reward"].item() == pytest.approx(each["rewards/mine/mean"].item(), rel=1e-5)
+
+
+def test_a_watched_reward_that_fails_for_one_picture_costs_draft_that_alone_at_any_batch_size(tiny):
+    method = build(tiny(), "draft", batch_size=1)
+    numbers = iter(range(1000))
+
+    def seen(images, prompts, metadata):
+        if next(numbers) < 2:  # the first picture, by itself and asked again
+            raise ValueError("not this one")
+        return images.mean((1, 2, 3))
+
+    method.rollouts = replace(method.rollouts, rewards=Composite({"mine": (Contrast(), 1.0), "seen": (seen, 0.0)}))
+    assert one_record(method)["failed/seen"] == 1
+
+
+def test_a_watched_reward_may_have_a_network_of_its_own(tiny):
+    method, network = build(tiny(), "draft", batch_size=9), torch.nn.Linear(3, 1)
+
+    def seen(images, prompts, metadata):
+        return torch.from_numpy(network(images.mean((2, 3)))[:, 0].numpy())
+
+    method.rollouts = replace(method.rollouts, rewards=Composite({"mine": (Contrast(), 1.0), "seen": (seen, 0.0)}))
+    assert one_record(method)["failed/seen"] == 0
+
+
+def test_a_process_of_draft_divides_the_latents_distance_too(tiny):
+    method = build(tiny(), "draft", latent_weight=0.5)
+    (batch,) = method.collect(0)
+    alone = sum(loss.value.item() for loss in method.losses(batch))
+    more = torch.tensor([3.0 * len(batch)])
+    method.rollouts = replace(method.rollouts, processes=Processes(0, 2, lambda x: torch.cat([x, more])))
+    assert sum(loss.value.item() for loss in method.losses(batch)) == pytest.approx(alone / 2, rel=1e-4)

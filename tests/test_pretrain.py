@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from trimtab.methods.pretrain import PretrainMicro, PretrainMicroConfig, _cells
+from trimtab import inputs, wiring
+from trimtab.methods.pretrain import PretrainMicro, PretrainMicroConfig, PretrainVAE, PretrainVAEConfig, _cells
 from trimtab.pipelines.loading import BUILT_IN
+from trimtab.run import load_config
 from trimtab.worlds import blocks
 
 
@@ -50,3 +53,17 @@ def test_a_cell_holds_the_shape_and_the_colour_whose_centre_it_has():
     assert (cells[0] != 0).nonzero().tolist() == (cells[1] != -1).nonzero().tolist() == [[7, 2]]
     shape, color = cells[:, 7, 2].tolist()
     assert (blocks.SHAPES[shape - 1], list(blocks.COLORS)[color]) == ("square", "blue")
+
+
+def test_the_recognizers_batches_are_of_that_size_and_wiring_takes_it_from_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("pretrain-recognizer", ["method.num_scenes=12", "training.train_batch_size=3"])
+    run = wiring.build(config, tmp_path / "run", Accelerator(cpu=True), inputs.Inputs(), None)
+    ((images, cells),) = run.method.collect(0)
+    assert len(images) == len(cells) == 3
+
+
+def test_the_auto_encoders_batches_are_of_that_size():
+    method = PretrainVAE(PretrainVAEConfig(name="pretrain-vae", num_scenes=9), 0, 3, torch.device("cpu"), torch.float32)
+    ((images, _),) = method.collect(0)
+    assert len(images) == 3

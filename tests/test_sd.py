@@ -180,3 +180,42 @@ def test_before_the_first_row_the_network_is_told_the_first(request, build_face,
     with torch.no_grad():
         early, first = (face.predict(x_t, torch.tensor(t), condition, "default").value for t in (0.0004, 0.001))
     assert torch.equal(early, first)
+
+
+def scheduled(folder, to, drop=(), **changes):
+    copy = shutil.copytree(folder, to)
+    file = copy / "scheduler" / "scheduler_config.json"
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in drop}
+    file.write_text(json.dumps(kept | changes))
+    index = json.loads((copy / "model_index.json").read_text())
+    if "_class_name" in changes:
+        (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", changes["_class_name"]]}))
+    return str(copy)
+
+
+def test_calls_are_counted_in_the_models_own_table(tiny_sd_folder, tmp_path):
+    short = scheduled(tiny_sd_folder, tmp_path / "short", num_train_timesteps=100)
+    loading.check_calls(short, 99)
+    with pytest.raises(UserError, match="101 calls of model"):
+        loading.check_calls(short, 101)
+    lcm = scheduled(
+        tiny_sd_folder,
+        tmp_path / "lcm",
+        _class_name="LCMScheduler",
+        original_inference_steps=1000,
+        timestep_spacing="leading",
+    )
+    loading.check_calls(lcm, 1000)  # a student's rows begin at 999, whatever steps_offset says
+
+
+def test_a_spacing_that_is_not_written_down_is_diffusers_own(tiny_sd_folder, tmp_path):
+    plain = scheduled(tiny_sd_folder, tmp_path / "plain", drop=("timestep_spacing",))  # as runwayml's SD 1.5 is
+    with pytest.raises(UserError, match="1000 calls of model"):
+        loading.check_calls(plain, 1000)
+
+
+def test_more_calls_in_an_evaluation_by_hand(tiny_sd_folder, tmp_path):
+    suite, model = tmp_path / "prompts.txt", str(tiny_sd_folder)
+    suite.write_text("a red circle\n")
+    with pytest.raises(UserError, match="1001 calls of model"):
+        inference.evaluate_model(model, [], str(suite), tmp_path / "out", None, num_inference_steps=1001)

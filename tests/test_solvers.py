@@ -474,3 +474,9 @@ def test_state_is_float32_whatever_the_network_computes_in(solver):
 def test_an_order_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="order 3"):
         ode(wavy("flow", RectifiedFlow()), torch.zeros(1, 2), time_grid(2), order=3)
+
+
+def test_no_steps_are_no_grid():
+    for grid in (vp_time_grid, vp_few_step_grid):
+        with pytest.raises(ValueError, match="0 steps do not fit"):
+            grid(0)

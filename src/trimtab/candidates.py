@@ -20,7 +20,7 @@ from trimtab.batch import Condition, Prompts, Rollout
 from trimtab.errors import UserError
 from trimtab.pipelines import Pipeline
 from trimtab.pipelines.features import FeatureMap
-from trimtab.rewards.composite import Composite, Scored
+from trimtab.rewards.composite import Composite, RewardFailed, Scored
 from trimtab.rollout import Rollouts, comparable
 from trimtab.worlds.pairs import Pairs
 from trimtab.worlds.pictures import CURE, Unusable
@@ -227,8 +227,14 @@ def successes_and_failures(
             break
         first = number * rollouts.config.group_size
         drawn, images = rollouts.draw(prompts[waiting], step, role, first)
-        scored = rollouts.scores(drawn, images)
         num_images += len(images)
+        try:
+            scored = rollouts.scores(drawn, images)
+        except RewardFailed as error:
+            if not rounds:
+                raise
+            logger.warning("round %d: %s; the rounds before it are what there is", number + 1, error)
+            break
         said.append(scored)
         total = scored.total
         known = total.isfinite().nonzero().squeeze(1)

@@ -72,9 +72,13 @@ class DRaFT:
         return [rollout]
 
     def losses(self, rollout: Rollout) -> Iterator[Loss]:
-        num_terms = self.rollouts.mean_length(rollout)
+        num_terms, rewards, seen = self.rollouts.mean_length(rollout), self.rollouts.rewards, []
         for part in torch.arange(len(rollout)).split(self.batch_size):
-            yield self._loss(rollout[part], num_terms)
+            loss, images = self._loss(rollout[part], num_terms)
+            seen.append(images.detach().cpu() if rewards.watched else None)
+            yield loss
+        if rewards.watched:
+            self.log |= rewards.watch(torch.cat(seen), *rollout.prompts.of(rollout.group), rollout.group)
 
     def after_step(self, step: int) -> dict[str, float]:
         return self.log
@@ -82,9 +86,11 @@ class DRaFT:
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, TRAINED)
 
-    def _loss(self, rollout: Rollout, num_terms: float) -> Loss:
+    def _loss(self, rollout: Rollout, num_terms: float) -> tuple[Loss, Tensor]:
+        """A part's term, and its pictures."""
         x = self.rollouts.again(rollout, TRAINED)
-        reward, metrics = self._reward(rollout, self.pipeline.decode(x))
+        images = self.pipeline.decode(x)
+        reward, metrics = self._reward(rollout, images)
         value = -reward.nansum() / num_terms
         if self.config.latent_weight:
             with torch.no_grad():
@@ -92,15 +98,16 @@ class DRaFT:
             distance = denoising_error(x, origin)  # (B,)
             value = value + self.config.latent_weight * distance.sum() / num_terms
             metrics["latent_distance"] = distance.mean().detach()
-        return Loss(TRAINED, value, metrics | {"reward": reward.nanmean().detach()}, len(rollout))
+        metrics["reward"] = reward.nanmean().detach()
+        return Loss(TRAINED, value, metrics, len(rollout)), images
 
     def _reward(self, rollout: Rollout, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum (B,) of what applies, NaN where nothing does, and to log: means of rewards, and failures."""
         rewards, about = self.rollouts.rewards, rollout.prompts.of(rollout.group)
-        total, log = torch.full((len(images),), torch.nan, device=images.device), {}
+        total, metrics = torch.full((len(images),), torch.nan, device=images.device), {}
         for name, reward in rewards.smooth.items():
             scores, failed = with_gradient(name, reward, images, *about, rollout.group)
-            log |= rewards.log({name: scores.detach()}, {name: failed})
+            metrics[f"rewards/{name}/mean"] = scores.detach().nanmean()
+            metrics[f"failed/{name}"] = torch.tensor(float(failed))
             total = torch.where(scores.isnan(), total, total.nan_to_num(0.0) + rewards.weights[name] * scores)
-        log |= rewards.watch(images, *about, rollout.group)
-        return total, {name: torch.tensor(value) for name, value in log.items() if not name.endswith("/std")}
+        return total, metrics

@@ -147,9 +147,8 @@ class Balance:
         """Take in what an update showed: rms of A and of gradients, and mean |r| / n_g."""
         config = self.config
         whole = all(map(math.isfinite, (misfit, *rms.values())))
-        if not whole:  # this update says nothing
-            misfit = 0.0 if self.misfit is None else self.misfit
-        self.misfit = misfit if self.misfit is None else 0.95 * self.misfit + 0.05 * misfit
+        if whole:  # else this update says nothing
+            self.misfit = misfit if self.misfit is None else 0.95 * self.misfit + 0.05 * misfit
         if whole and self.calibrates:
             self.sizes = {name: self.sizes.get(name, 0.0) + value for name, value in rms.items()}
             self.observed += 1
@@ -157,7 +156,7 @@ class Balance:
             factor = math.exp(-config.gate_rate * math.copysign(1, self.misfit - self.limit))
             self.gate = min(max(self.gate * factor, 1e-4), 10.0)
         self.update += 1
-        if self.update == config.reward_start:
+        if self.update == config.reward_start and self.misfit is not None:
             self.limit = self.misfit * (1 + config.gate_slack)
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,7 +254,7 @@ class GNDM:
     def after_step(self, step: int) -> dict[str, float]:
         self.log |= self.student.log(step, self.config, self.config.reuse)
         gate = {"gate": self.balance.gate} if self.rewards else {}
-        return self.log | gate | {"relative_misfit": self.balance.misfit}
+        return self.log | gate | {"relative_misfit": math.nan if self.balance.misfit is None else self.balance.misfit}
 
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, self.config.result, self.student.scheduler())

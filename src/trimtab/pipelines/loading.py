@@ -260,7 +260,7 @@ def check_calls(model: str, *numbers: int | None) -> None:
     if FACES[_index(path, model)["_class_name"]].NETWORK != "unet":
         return
     config = _json(path, SCHEDULER, model)
-    size, spacing = config.get("num_train_timesteps", NUM_TIMESTEPS), config.get("timestep_spacing")
+    size, spacing = config.get("num_train_timesteps", NUM_TIMESTEPS), config.get("timestep_spacing", "leading")
     leading = spacing == "leading" and config.get("_class_name") != "LCMScheduler"
     for number in filter(None, numbers):
         try:

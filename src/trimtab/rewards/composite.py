@@ -110,9 +110,10 @@ class Composite:
                 scored |= applies
         return Scored(torch.where(scored, total, torch.nan).to(images.device), raw, failed)
 
+    @torch.no_grad()
     def watch(self, images: Tensor, prompts: list[str], metadata: list[dict], group: Tensor) -> dict[str, float]:
         """To log: what the watched rewards alone say of the same."""
-        found = _asked(self.watched, images.detach(), prompts, metadata, group)
+        found = _asked(self.watched, images, prompts, metadata, group)
         raw, failed = ({name: each[column] for name, each in found.items()} for column in (0, 2))
         return self.log(raw, failed)
 
