@@ -5,6 +5,7 @@
     python benchmarks/drpo.py --memory      # 64 candidates in parts of 8 against 8 at once
     python benchmarks/drpo.py --spreads     # what candidates differ in as their noise comes near
     python benchmarks/drpo.py --splits [--steps 24] [--seeds 0 1 2] [--only NAME ...]  # trained prompts beside new ones
+    python benchmarks/drpo.py --along RUN   # the same at each checkpoint of a run
 
 All methods see the same number of generated pictures of the same prompts. Those that need no gradient rank by the exact
 verdict ("gold"), and a second time by the recognizer ("proxy"); those that do climb the recognizer. Scores are of the
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib
 import torch
@@ -26,7 +28,7 @@ from accelerate import Accelerator
 from tables import curve, numbers, table
 from torch import Tensor, nn
 
-from trimtab import groups, inputs, run, wiring
+from trimtab import checkpoint, groups, inputs, run, wiring
 from trimtab.batch import Prompts
 from trimtab.cli import Terminal
 from trimtab.files import atomic_write
@@ -185,6 +187,21 @@ def splits(given: argparse.Namespace, file: Path) -> str:
     return "\n".join([*head, *lines.values()]) + "\n"
 
 
+def along(folder: Path, display: Terminal) -> str:
+    """The same at each checkpoint that a run has kept."""
+    config = run.load_config(str(folder / "config.yaml"))
+    built = wiring.build(config, folder, Accelerator(cpu=True), inputs.check(config), display)
+    lines = ["| updates | trained prompts | new prompts |", "| --- | --- | --- |"]
+    for saved in sorted(folder.glob("checkpoint-*"), key=checkpoint.step_of):
+        built.learner.load_state(checkpoint.load(saved))
+        with TemporaryDirectory() as export:
+            built.method.export(Path(export))
+            cells = [f"{verdict([export], split):.3f}" for split in ("train", "test")]
+        lines.append(f"| {built.learner.step} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
 def verdict(adapters: list[str], split: str) -> float:
     """The share of pictures that are right."""
     found = loading.check_adapters(adapters, "micro-turbo")
@@ -308,6 +325,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--spreads", action="store_true")
     parser.add_argument("--splits", action="store_true")
+    parser.add_argument("--along", type=Path, metavar="RUN")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -319,6 +337,9 @@ def main() -> None:
     part = next((each for each in parts if getattr(given, each)), None)
     if part:
         name, text = f"drpo_{part}", parts[part]()
+    elif given.along:
+        with Terminal() as display:
+            name, text = f"drpo_along_{given.along.name}", along(given.along, display)
     elif given.splits:
         with Terminal() as given.display:
             name = f"drpo_{given.steps}_splits"
