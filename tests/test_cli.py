@@ -751,7 +751,7 @@ def test_a_recipe_s_description_is_told_to_its_end(cli):
 def test_recipes_are_listed_without_torch_and_the_hub_s_retries_are_not_told():
     script = """
 import logging, sys
-from trimtab import __version__, inputs
+from trimtab import __version__
 from trimtab.cli import console, main
 main()
 assert "torch" not in sys.modules
