@@ -429,10 +429,18 @@ def test_draft_climbs_the_weighted_sum_of_its_rewards_and_logs_them_unweighted(t
     found, slope = gradients(method)
     assert found == pytest.approx(3 * value, rel=1e-5)
     assert (slope - 3 * gradient).abs().max() < 1e-5 * gradient.abs().max()
+    _, log = method.rollouts.collect(0, "default")
     metrics = one_record(method)
     assert metrics["images"] == 3 * SIZE
+    assert metrics["diversity"] == pytest.approx(log["diversity"], rel=1e-4)
     assert metrics["rewards/mine/mean"] == pytest.approx(metrics["rewards/against/mean"])
     assert metrics["reward"] == pytest.approx(3 * metrics["rewards/mine/mean"], rel=1e-5)
+
+
+def test_one_picture_a_prompt_has_no_diversity(tiny):
+    method = build(tiny(), "draft")
+    method.rollouts = replace(method.rollouts, config=method.rollouts.config.model_copy(update={"group_size": 1}))
+    assert "diversity" not in one_record(method)
 
 
 def test_the_reward_that_is_logged_is_the_mean_of_those_that_there_are(tiny):

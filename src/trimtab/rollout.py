@@ -177,7 +177,7 @@ class Rollouts:
         log = {
             "reward_std": rollout.reward.std(correction=0).item(),
             "frac_reward_zero_std": groups.frac_zero_std(rollout.reward, rollout.group).item(),
-            "diversity": _distance(rollout.latents, rollout.group),
+            "diversity": diversity(rollout.latents, rollout.group),
         }
         return log | self.rewards.log(scored.raw, scored.failed)
 
@@ -202,7 +202,7 @@ def share(prompts: Prompts, size: int, draw: int, seed: int, processes: Processe
     return prompts[order[place * size : (place + 1) * size][processes.mine]]
 
 
-def _distance(latents: Tensor, group: Tensor) -> float:
+def diversity(latents: Tensor, group: Tensor) -> float:
     """Root mean square distance of siblings' latents: the mean over groups of sqrt(2 variance within the group)."""
     parts: Iterator[Tensor] = (latents[group == g].flatten(1) for g in group.unique())
     return torch.stack([(2 * part.var(0).mean()).sqrt() for part in parts]).mean().item()

@@ -29,7 +29,7 @@ from trimtab.method import Loss, MethodSettings, Stateful
 from trimtab.pipelines import Pipeline
 from trimtab.rewards.composite import Composite, with_gradient
 from trimtab.roles import REFERENCE, TRAINED
-from trimtab.rollout import Rollouts
+from trimtab.rollout import Rollouts, diversity
 
 
 class DRaFTConfig(MethodSettings):
@@ -72,11 +72,15 @@ class DRaFT:
         return [rollout]
 
     def losses(self, rollout: Rollout) -> Iterator[Loss]:
-        num_terms, rewards, seen = self.rollouts.mean_length(rollout), self.rollouts.rewards, []
+        num_terms, rewards, latents, seen = self.rollouts.mean_length(rollout), self.rollouts.rewards, [], []
         for part in torch.arange(len(rollout)).split(self.batch_size):
-            loss, images = self._loss(rollout[part], num_terms)
+            x = self.rollouts.again(rollout[part], TRAINED)
+            images = self.pipeline.decode(x)
+            latents.append(x.detach())
             seen.append(images.detach().cpu() if rewards.watched else None)
-            yield loss
+            yield self._loss(rollout[part], x, images, num_terms)
+        if self.rollouts.config.group_size > 1:
+            self.log["diversity"] = diversity(torch.cat(latents), rollout.group)
         if rewards.watched:
             self.log |= rewards.watch(torch.cat(seen), *rollout.prompts.of(rollout.group), rollout.group)
 
@@ -86,10 +90,7 @@ class DRaFT:
     def export(self, folder: Path) -> None:
         self.pipeline.export(folder, TRAINED)
 
-    def _loss(self, rollout: Rollout, num_terms: float) -> tuple[Loss, Tensor]:
-        """A part's term, and its pictures."""
-        x = self.rollouts.again(rollout, TRAINED)
-        images = self.pipeline.decode(x)
+    def _loss(self, rollout: Rollout, x: Tensor, images: Tensor, num_terms: float) -> Loss:
         reward, metrics = self._reward(rollout, images)
         value = -reward.nansum() / num_terms
         if self.config.latent_weight:
@@ -99,7 +100,7 @@ class DRaFT:
             value = value + self.config.latent_weight * distance.sum() / num_terms
             metrics["latent_distance"] = distance.mean().detach()
         metrics["reward"] = reward.nanmean().detach()
-        return Loss(TRAINED, value, metrics, len(rollout)), images
+        return Loss(TRAINED, value, metrics, len(rollout))
 
     def _reward(self, rollout: Rollout, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum (B,) of what applies, NaN where nothing does, and to log: means of rewards, and failures."""
