@@ -674,3 +674,10 @@ def test_rewards_on_another_scale_than_the_anchors_are_told_once(tiny, caplog):
         caplog.clear()
         build(tiny, **settings)._check_scale(torch.tensor([-1.0]))
         assert not caplog.text
+
+
+def test_what_is_logged_of_a_step_is_forgotten_with_it(tiny):
+    method = build(tiny)
+    list(method.losses(rollout_of(method.pipeline)))
+    assert "saturation" in method.after_step(0)
+    assert "saturation" not in method.after_step(1)

@@ -114,6 +114,14 @@ def test_the_terms_of_a_batch_add_up_to_the_whole():
         assert first == pytest.approx(second, rel=1e-5)
 
 
+def test_metrics_are_means_over_the_samples_of_their_terms():
+    def terms(networks, batch):
+        for value, part in zip((1.0, 5.0), batch.split([6, 2]), strict=True):
+            yield Loss("a", both(networks, part), {"gap": torch.tensor(value)}, len(part))
+
+    assert [record.metrics["gap"] for record in learner(terms).run()] == [2.0, 2.0, 2.0]
+
+
 def test_a_reward_is_averaged_over_the_terms_that_it_applies_to():
     seen = iter([math.nan, 2.0, 4.0])
 
